@@ -1,0 +1,1 @@
+"""Experiments that reproduce the literature: `python -m experiments.<command>`."""

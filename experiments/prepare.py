@@ -1,0 +1,158 @@
+"""Writes MNIST or CIFAR-10 as a TFDS data set in ArrayRecord format.
+
+    python -m experiments.prepare mnist SOURCE TARGET
+
+SOURCE is a directory with the publishers' files; afterwards
+`tfds.data_source("mnist", data_dir=TARGET)` and the experiments read the data set from TARGET.
+Neither TensorFlow nor a network is needed.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from typing import Annotated, Literal
+from urllib import parse
+
+import tyro
+
+from experiments import data
+
+_CIFAR10_CLASSES = (
+  "airplane",
+  "automobile",
+  "bird",
+  "cat",
+  "deer",
+  "dog",
+  "frog",
+  "horse",
+  "ship",
+  "truck",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Writes MNIST or CIFAR-10 as a TFDS data set that is read without TensorFlow."""
+
+  name: tyro.conf.Positional[Literal["mnist", "cifar10"]]
+  """Which data set."""
+  source: Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="SOURCE")]
+  """The directory with the publishers' files."""
+  target: Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="TARGET")]
+  """The directory for TFDS data sets; this one goes into TARGET/NAME/VERSION."""
+
+
+def write(dataset: data.Dataset, target: pathlib.Path) -> pathlib.Path:
+  """Writes a data set in ArrayRecord format under TFDS's name, version and features.
+
+  Images keep their order. The data set appears under its name when it is complete, or not at all.
+
+  Args:
+    dataset: "mnist" or "cifar10".
+    target: the directory for TFDS data sets, made if absent.
+
+  Returns:
+    The directory of the data set.
+
+  Raises:
+    FileExistsError: if `target` has this version of the data set already.
+  """
+  import tensorflow_datasets as tfds
+  from PIL import Image
+
+  def examples(split, images, labels):
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+      # TFDS needs TensorFlow to encode an array, but takes an image of Pillow as it is.
+      example = {"image": Image.fromarray(image.squeeze()), "label": int(label)}
+      if dataset.name == "cifar10":
+        example["id"] = f"{split}_{i:05d}"
+      yield example
+
+  target.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=target, prefix=".incomplete-") as scratch:
+    builder = tfds.builder(dataset.name, data_dir=scratch)
+    written = pathlib.Path(builder.data_dir)
+    destination = target / written.relative_to(scratch)
+    if destination.exists():
+      raise FileExistsError(
+        f"{destination} exists already and is not overwritten: remove it, or choose another target."
+      )
+    written.mkdir(parents=True)
+    if dataset.name == "cifar10":
+      builder.info.features["label"].names = _CIFAR10_CLASSES
+    builder.info.set_file_format("array_record", override=True)
+    # One shard a split, as TFDS has it for data of this size, and in order.
+    writer = tfds.core.SequentialWriter(
+      builder.info, max_examples_per_shard=1_000_000, file_format="array_record"
+    )
+    writer.initialize_splits(["train", "test"])
+    writer.add_examples(
+      {
+        "train": examples("train", dataset.train_images, dataset.train_labels),
+        "test": examples("test", dataset.test_images, dataset.test_labels),
+      }
+    )
+    writer.close_all()
+    destination.parent.mkdir(exist_ok=True)
+    written.rename(destination)
+  return destination
+
+
+def download(name: str, target: pathlib.Path) -> data.Dataset:
+  """Downloads the publishers' files through TFDS and keeps them as a prepared data set.
+
+  TFDS's own preparation reads these files with TensorFlow; its downloader does without.
+
+  Args:
+    name: "mnist" or "cifar10".
+    target: the directory for TFDS data sets; the files themselves stay in its folder "downloads".
+
+  Returns:
+    The data set.
+  """
+  import tensorflow_datasets as tfds
+
+  checksums = tfds.core.tfds_path(f"url_checksums/{name}.txt")
+  manager = tfds.download.DownloadManager(
+    download_dir=target / "downloads",
+    url_infos=tfds.core.download.checksums.load_url_infos(checksums),
+    dataset_name=name,
+  )
+  with tempfile.TemporaryDirectory() as scratch:
+    for url in data.PUBLISHED[name].urls:
+      path = manager.download(url)
+      file = pathlib.PurePosixPath(parse.urlsplit(url).path).name
+      if file.endswith(".tar.gz"):
+        with tarfile.open(path) as archive:
+          archive.extractall(scratch, filter="data")
+      else:  # TFDS has changed its name.
+        shutil.copyfile(path, pathlib.Path(scratch, file))
+    dataset = data.read_files(name, data.find_files(name, pathlib.Path(scratch)))
+  write(dataset, target)
+  return dataset
+
+
+def main(args: Sequence[str] | None = None) -> None:
+  """Reads, checks and writes the data set that the command line names."""
+  options = tyro.cli(Options, prog="python -m experiments.prepare", args=args)
+  try:
+    directory = data.find_files(options.name, options.source)
+    if directory is None:
+      files = ", ".join(data.PUBLISHED[options.name].files)
+      raise data.DataNotFound(f"{options.source} holds no file of {options.name!r} ({files}).")
+    dataset = data.read_files(options.name, directory)
+    destination = write(dataset, options.target)
+  except (OSError, ValueError) as error:
+    raise SystemExit(f"error: {error}") from None
+  print(
+    f"{destination}: {len(dataset.train_images)} training images, "
+    f"{len(dataset.test_images)} test images"
+  )
+
+
+if __name__ == "__main__":
+  main()

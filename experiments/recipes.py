@@ -1,0 +1,99 @@
+"""Every published run as a frozen dataclass; the comment above each is its claim."""
+
+import dataclasses
+from collections.abc import Callable
+
+import tyro
+from flax import linen as nn
+
+from experiments.models import lenet
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"lenet300": lenet.LeNet300}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """All that decides the outcome of a run, but the seed."""
+
+  data: str
+  """Data set: digits, mnist or cifar10."""
+  model: str
+  """Network, by its name in MODELS."""
+  epochs: int
+  """Length of the training."""
+  learning_rate: float
+  """At the start; it falls to zero along a cosine, epoch by epoch."""
+  sparsity: float = 0.0
+  """Final fraction of pruned weights, in [0, 1); 0 trains the dense network."""
+  prune_epochs: int = 0
+  """Length of the linear ramp of sparsity, from the first epoch on."""
+  rotation: float = 0.0
+  """Training images are rotated by up to so many degrees."""
+  translation: float = 0.0
+  """Training images are shifted by up to this fraction of their size."""
+  batch_size: int = 128
+  """Images in a step. The last step of an epoch takes what is left."""
+  momentum: float = 0.9
+  """Of SGD."""
+  weight_decay: float = 5e-4
+  """Added to the gradient, for all parameters."""
+  validation: float = 0.11
+  """The fraction of the training images that are held out for validation."""
+  published: tyro.conf.Suppress[float | None] = None
+  """Published test accuracy in per cent, of the last epoch."""
+
+
+RECIPES = {
+  # The demonstration, on data that needs no download: 90 % of LeNet-300-100 pruned on the handwritten
+  # digits of scikit-learn. Not a published run.
+  #   python -m experiments.train lenet300-digits
+  "lenet300-digits": Recipe(
+    data="digits",
+    model="lenet300",
+    epochs=200,
+    learning_rate=0.05,
+    sparsity=0.9,
+    prune_epochs=120,
+    rotation=10.0,
+  ),
+  # arXiv 2606.12278, LeNet-300-100 on MNIST at 78.9 %: 98.88 (one run, seed 42, 1,850 s). With
+  # Kaiming's fan_out the last layer starts with a standard deviation of 0.45, and at this learning
+  # rate some seeds do not survive the first epoch.
+  #   python -m experiments.train lenet300-mnist-78.9 --data-dir DIR
+  "lenet300-mnist-78.9": Recipe(
+    data="mnist",
+    model="lenet300",
+    epochs=160,
+    learning_rate=0.1,
+    sparsity=0.789,
+    prune_epochs=60,
+    rotation=10.0,
+    translation=0.1,
+    published=98.88,
+  ),
+}
+
+# Half the published learning rate, at which no seed dies. Not a published run.
+#   python -m experiments.train lenet300-mnist-78.9-lr0.05 --data-dir DIR
+RECIPES["lenet300-mnist-78.9-lr0.05"] = dataclasses.replace(
+  RECIPES["lenet300-mnist-78.9"], learning_rate=0.05, published=None
+)
+
+# arXiv 2606.12278, LeNet-300-100 on MNIST at 98 %: 98.35 (one run, seed 42, 2,330 s).
+#   python -m experiments.train lenet300-mnist-98 --data-dir DIR
+RECIPES["lenet300-mnist-98"] = dataclasses.replace(
+  RECIPES["lenet300-mnist-78.9"],
+  epochs=200,
+  learning_rate=0.05,
+  sparsity=0.98,
+  prune_epochs=80,
+  rotation=12.0,
+  translation=0.12,
+  published=98.35,
+)
+
+# The dense network under the training of the 98 % run, for comparison; the paper has none.
+#   python -m experiments.train lenet300-mnist-dense --data-dir DIR
+RECIPES["lenet300-mnist-dense"] = dataclasses.replace(
+  RECIPES["lenet300-mnist-98"], sparsity=0.0, prune_epochs=0, published=None
+)

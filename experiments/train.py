@@ -1,0 +1,226 @@
+"""Trains one run of a recipe.
+
+    python -m experiments.train [RECIPE] [options]
+
+Writes to the run's folder: `metrics.jsonl`, a line per epoch; checkpoints; and at the end
+`result.json`, `summary.txt` and `plot.png`. The same command run again resumes at the last
+checkpoint, with bit-identical results on the same machine.
+"""
+
+import dataclasses
+import difflib
+import importlib.metadata
+import json
+import math
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+import tqdm
+import tyro
+
+import sparsejax
+from experiments import data, plots, training
+from experiments.recipes import RECIPES, Recipe
+
+DEFAULT_RECIPE = "lenet300-digits"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A recipe, a seed, and where things lie."""
+
+  recipe: Recipe
+  name: tyro.conf.Suppress[str]
+  seed: int = 42
+  """Decides initialisation, split, order and augmentation."""
+  data_dir: pathlib.Path | None = None
+  """Directory of the data set; see the README."""
+  out: pathlib.Path | None = None
+  """The run's folder; by default runs/RECIPE/seedSEED."""
+  checkpoint_every: int = 10
+  """Epochs from one checkpoint to the next; there is always one at the end."""
+
+  @property
+  def folder(self) -> pathlib.Path:
+    return self.out or pathlib.Path("runs") / self.name / f"seed{self.seed}"
+
+
+def train(run: Run) -> dict[str, Any]:
+  """Trains a run to its end, from its last checkpoint if there is one.
+
+  Returns:
+    The contents of its `result.json`.
+
+  Raises:
+    ValueError: if the folder holds a run with other settings.
+  """
+  dataset = data.load(run.recipe.data, run.data_dir)
+  trainer = training.make_trainer(run.recipe, dataset, run.seed)
+  config = {"recipe": run.name, "seed": run.seed, **dataclasses.asdict(run.recipe)}
+  _claim_folder(run.folder, config)
+
+  started = time.perf_counter()
+  state = trainer.init()
+  epoch_fn = trainer.epoch.lower(state, trainer.train).compile()
+  compile_seconds = time.perf_counter() - started
+
+  options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+  with ocp.CheckpointManager((run.folder / "checkpoints").absolute(), options=options) as saved:
+    first = 0
+    if saved.latest_step() is not None:
+      first = saved.latest_step()
+      state = saved.restore(first, args=ocp.args.StandardRestore(state))
+    metrics = _read_metrics(run.folder, first)
+    with (
+      (run.folder / "metrics.jsonl").open("a") as log,
+      tqdm.tqdm(total=run.recipe.epochs, initial=first, desc=run.name, unit="epoch") as bar,
+    ):
+      for epoch in range(first, run.recipe.epochs):
+        started = time.perf_counter()
+        state, trained = epoch_fn(state, trainer.train)
+        loss = float(trained.loss)
+        seconds = time.perf_counter() - started
+        validation = trainer.validate(state.params, trainer.held_out)
+        line = {
+          "epoch": epoch,
+          "loss": loss if math.isfinite(loss) else None,
+          "train_accuracy": float(trained.accuracy),
+          "validation_accuracy": float(validation.accuracy),
+          "sparsity": float(trained.sparsity),
+          "seconds": seconds,
+          # A dead network has one answer to everything; it does not come back.
+          "collapsed": not math.isfinite(loss) or int(validation.classes_seen) == 1,
+        }
+        if line["collapsed"] and not (metrics and metrics[-1]["collapsed"]):
+          bar.write(
+            f"{run.name}, seed {run.seed}: COLLAPSED in epoch {epoch}: the network gives the same"
+            f" answer to every image (loss {loss:.3f})."
+          )
+        metrics.append(line)
+        print(json.dumps(line), file=log, flush=True)
+        bar.update()
+        bar.set_postfix(
+          loss=f"{loss:.3f}",
+          validation=f"{line['validation_accuracy']:.2%}",
+          sparsity=f"{line['sparsity']:.2%}",
+        )
+        if (epoch + 1) % run.checkpoint_every == 0 or epoch + 1 == run.recipe.epochs:
+          saved.save(epoch + 1, args=ocp.args.StandardSave(state))
+
+  summary = sparsejax.summary(state.params, training.get_masks(run.recipe, state))
+  test = trainer.evaluate(state.params, trainer.test)
+  result = {
+    "config": config,
+    "test_accuracy": 100 * float(test.accuracy),
+    "pool": summary.pool.parameters,
+    "pruned": summary.pool.parameters - summary.pool.active,
+    "sparsity": summary.pool.sparsity,
+    "collapsed_in_epoch": next((m["epoch"] for m in metrics if m["collapsed"]), None),
+    "layers": [
+      {"name": row.name, "parameters": row.parameters, "active": row.active}
+      for row in summary.layers
+    ],
+    "seconds": {"compile": compile_seconds, "train": sum(m["seconds"] for m in metrics)},
+    **_provenance(),
+  }
+  _write(run.folder / "result.json", json.dumps(result, indent=2) + "\n")
+  _write(run.folder / "summary.txt", f"{summary}\n")
+  plots.plot_run(
+    run.folder / "plot.png",
+    f"{run.name}, seed {run.seed}: {result['test_accuracy']:.2f} % test accuracy",
+    metrics,
+    summary,
+  )
+  print(f"\n{summary}\n\n{_verdict(run, result)}")
+  return result
+
+
+def _claim_folder(folder: pathlib.Path, config: dict[str, Any]) -> None:
+  """Makes the folder, or checks that it holds this very run."""
+  path = folder / "config.json"
+  if path.exists():
+    before = json.loads(path.read_text())
+    changed = [key for key in config | before if config.get(key) != before.get(key)]
+    if changed:
+      raise ValueError(
+        f"{folder} holds a run with another {', '.join(changed)}: choose another folder with --out,"
+        " or remove it."
+      )
+  folder.mkdir(parents=True, exist_ok=True)
+  _write(path, json.dumps(config, indent=2) + "\n")
+
+
+def _read_metrics(folder: pathlib.Path, epochs: int) -> list[dict[str, Any]]:
+  """The lines of the epochs before a checkpoint; drops those after it from the file."""
+  path = folder / "metrics.jsonl"
+  lines = path.read_text().splitlines()[:epochs] if path.exists() else []
+  _write(path, "".join(line + "\n" for line in lines))
+  return [json.loads(line) for line in lines]
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  """Replaces a file as a whole."""
+  temporary = path.with_name(path.name + ".new")
+  temporary.write_text(text)
+  temporary.replace(path)
+
+
+def _provenance() -> dict[str, Any]:
+  packages = ("sparsejax", "jax", "jaxlib", "flax", "optax", "numpy")
+  git = subprocess.run(
+    ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"],
+    cwd=pathlib.Path(__file__).parent,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  return {
+    "device": jax.devices()[0].device_kind,
+    "commit": git.stdout.strip() or None,
+    "versions": {
+      "python": platform.python_version(),
+      **{package: importlib.metadata.version(package) for package in packages},
+    },
+  }
+
+
+def _verdict(run: Run, result: dict[str, Any]) -> str:
+  lines = [
+    f"test accuracy {result['test_accuracy']:.2f} % (last epoch), {result['pruned']:,} of"
+    f" {result['pool']:,} weights pruned",
+    f"{result['seconds']['train']:.1f} s of training after {result['seconds']['compile']:.1f} s of"
+    f" compilation; results in {run.folder}",
+  ]
+  if result["collapsed_in_epoch"] is not None:
+    lines.insert(0, f"This run COLLAPSED in epoch {result['collapsed_in_epoch']}.")
+  return "\n".join(lines)
+
+
+def main(args: list[str] | None = None) -> None:
+  args = sys.argv[1:] if args is None else args
+  if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
+    args = [DEFAULT_RECIPE, *args]
+  elif not args[0].startswith("-") and args[0] not in RECIPES:
+    close = difflib.get_close_matches(args[0], RECIPES, n=1, cutoff=0.3)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    sys.exit(f"Unknown recipe {args[0]}.{hint} There are:\n  " + "\n  ".join(RECIPES))
+  run = tyro.extras.overridable_config_cli(
+    {name: ("", Run(recipe, name)) for name, recipe in RECIPES.items()},
+    prog="python -m experiments.train",
+    args=args,
+    config=(tyro.conf.OmitArgPrefixes,),
+  )
+  try:
+    train(run)
+  except (data.DataNotFound, ValueError) as error:
+    sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,152 @@
+"""Counts of weights that stay exact: 64-bit integers in JAX's 32-bit arithmetic.
+
+A pool of weights may hold more than 2**32 of them, and a sparsity that is only known on the device
+has to become a number of weights without a rounding error. JAX has no 64-bit integers unless
+`jax_enable_x64` is set, so a count is a pair of 32-bit words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_WORD = 2**32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Count:
+  """Integers in [0, 2**64), of any shape.
+
+  Attributes:
+    high: the high words.  # dtype=uint32
+    low: the low words.  # dtype=uint32, the shape of `high`
+  """
+
+  high: jax.Array
+  low: jax.Array
+
+  def __add__(self, other: Count) -> Count:
+    low = self.low + other.low
+    return Count(self.high + other.high + (low < other.low), low)
+
+  def __sub__(self, other: Count) -> Count:
+    """The difference, or 0 where `other` is larger."""
+    difference = Count(self.high - other.high - (self.low < other.low), self.low - other.low)
+    return where(other <= self, difference, Count(*(jnp.zeros_like(self.low),) * 2))
+
+  def __le__(self, other: Count) -> jax.Array:
+    return (self.high < other.high) | ((self.high == other.high) & (self.low <= other.low))
+
+  def __getitem__(self, index) -> Count:
+    return Count(self.high[index], self.low[index])
+
+  def equals(self, other: Count) -> jax.Array:
+    return (self.high == other.high) & (self.low == other.low)
+
+  def halved(self) -> Count:
+    return Count(self.high >> 1, (self.high << 31) | (self.low >> 1))
+
+
+def where(condition: jax.Array, a: Count, b: Count) -> Count:
+  return Count(jnp.where(condition, a.high, b.high), jnp.where(condition, a.low, b.low))
+
+
+def from_ints(values) -> Count:
+  """Python or NumPy integers (of any size below 2**64, nested or not), or an array of JAX's.
+
+  A negative integer in an array of JAX's counts as 0. What is a `Count` already stays one.
+  """
+  if isinstance(values, Count):
+    return values
+  if isinstance(values, jax.Array):
+    values = jnp.maximum(values, 0)
+    wide = values.dtype.itemsize > 4
+    high = (values >> 32).astype(jnp.uint32) if wide else jnp.zeros(values.shape, jnp.uint32)
+    return Count(high, values.astype(jnp.uint32))
+  values = np.asarray(values, np.uint64)
+  return Count(
+    jnp.asarray((values // _WORD).astype(np.uint32)),
+    jnp.asarray((values % _WORD).astype(np.uint32)),
+  )
+
+
+def widen(words: jax.Array) -> Count:
+  """32-bit counts as 64-bit ones."""
+  return Count(jnp.zeros_like(words), words)
+
+
+def total(words: jax.Array) -> Count:
+  """Sums 32-bit counts over the last axis (up to 2**16 of them), which stays with length 1."""
+  low = jnp.sum(words & 0xFFFF, axis=-1, keepdims=True, dtype=jnp.uint32)
+  high = jnp.sum(words >> 16, axis=-1, keepdims=True, dtype=jnp.uint32)
+  return widen(low) + Count(high >> 16, high << 16)
+
+
+def power_of_two(exponent: jax.Array) -> Count:
+  """2**exponent for a scalar integer below 64."""
+  bit = jnp.uint32(1) << (exponent % 32).astype(jnp.uint32)
+  none = jnp.zeros_like(bit)
+  return where(exponent < 32, Count(none, bit), Count(bit, none))
+
+
+def count_true(*predicates: jax.Array) -> jax.Array:
+  """How many entries of each array are True, in one pass over memory.
+
+  Args:
+    *predicates: boolean arrays of one shape with fewer than 2**32 entries.
+
+  Returns:
+    The counts. # shape=(len(predicates),), dtype=uint32
+  """
+  # A reduction of one operand makes XLA's CPU backend write the operand to memory first; one of
+  # several operands is fused with what computes them.
+  operands = tuple(jnp.atleast_1d(p).astype(jnp.uint32) for p in predicates)
+  padded = operands if len(operands) > 1 else operands * 2
+  sums = lax.reduce(
+    padded,
+    (np.uint32(0),) * len(padded),
+    lambda a, b: tuple(x + y for x, y in zip(a, b)),
+    tuple(range(padded[0].ndim)),
+  )
+  return jnp.stack(sums[: len(operands)])
+
+
+def rounded_pruned(sparsity: jax.Array, sizes: np.ndarray) -> Count:
+  r"""The exact :math:`n - \mathrm{round}((1 - s) n)`, with ties to even as Python rounds.
+
+  Args:
+    sparsity: float32 values in [0, 1]; below 0 and NaN count as 0, above 1 as 1.
+    sizes: the n, known when tracing, in the shape of `sparsity`.
+  """
+  sparsity = jnp.where(sparsity > 0, jnp.minimum(sparsity, 1), 0).astype(jnp.float32)
+  bits = lax.bitcast_convert_type(sparsity, jnp.uint32)
+  exponent = bits >> 23
+  mantissa = (bits & 0x7FFFFF) | jnp.where(exponent > 0, np.uint32(1 << 23), np.uint32(0))
+  # sparsity = mantissa / 2**places
+  places = 150 - jnp.maximum(exponent, 1).astype(jnp.int32)
+  n = from_ints(sizes)
+  nothing = Count(jnp.zeros_like(n.high), jnp.zeros_like(n.low))
+
+  def share_of_bit(position):
+    shift = places - position
+    inside = (shift >= 0) & (shift < 24)
+    bit = mantissa >> jnp.clip(shift, 0, 23).astype(jnp.uint32)
+    return where(inside & (bit & 1 == 1), n, nothing)
+
+  def add_bit(i, carry):
+    # Horner's rule from the last binary place to the first: no bit of the product is lost, those
+    # behind the point are summed up in one for "half" and one for "more than nothing".
+    share, half, rest = carry
+    share += share_of_bit(149 - i)
+    return share.halved(), share.low & 1 == 1, rest | half
+
+  none = jnp.zeros(sparsity.shape, bool)
+  share, half, rest = lax.fori_loop(0, 149, add_bit, (nothing, none, none))
+  share += share_of_bit(0)
+  odd_kept = (n - share).low & 1 == 1
+  return share + widen((half & (rest | odd_kept)).astype(jnp.uint32))

@@ -1,0 +1,394 @@
+"""From dense to sparse during training: what is pruned stays pruned."""
+
+import inspect
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsejax import allocation as allocation_lib
+from sparsejax import counts, criteria, selection, transform
+from sparsejax import masks as masks_lib
+from sparsejax.allocation import Allocation
+from sparsejax.criteria import Criterion
+from sparsejax.masks import Prunable, PyTree, is_kernel
+
+
+def progressive_pruning(
+  sparsity: float | jax.Array | PyTree,
+  *,
+  steps: int,
+  every: int,
+  begin: int = 0,
+  initial: float = 0.0,
+  allocation: Allocation = "global",
+  criterion: Criterion = criteria.magnitude,
+  prunable: Prunable = is_kernel,
+  key: jax.Array | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Progressive magnitude-based pruning: a linear ramp of sparsity in one cycle of training.
+
+  In a chain of transformations, this should be the last one.
+
+  Masks change at the calls :math:`c = b, b + \Delta, b + 2 \Delta, \dots < b + T`, where
+  :math:`b` is `begin`, :math:`\Delta` is `every` and :math:`T` is `steps`. The call at c brings the
+  overall sparsity to
+
+  .. math::
+    s_0 + (s - s_0) \frac{\min(c + \Delta - b, T)}{T}
+
+  by pruning the active weights of smallest magnitude, as many as it takes. With one change an
+  epoch, epoch e of E trains at :math:`s_0 + (s - s_0)(e + 1)/E`, as published. The number of pruned
+  weights is exactly :math:`N - \mathrm{round}((1 - s) N)`, computed in float64 from Python floats,
+  or exactly for the float32 value of a traced sparsity.
+
+  Args:
+    sparsity: the final sparsity, in [0, 1): a float, a traced scalar, or a tree like the parameters
+      of final sparsities, one for each prunable leaf, that replace the allocation and ramp in
+      proportion. The other leaves of that tree may be None, 0, or left out.
+    steps: length of the ramp, in calls of `update`.
+    every: calls from one change of the masks to the next.
+    begin: the call at which the masks change first.
+    initial: the sparsity at which the ramp starts.
+    allocation: how the overall sparsity is shared out among layers: "global", "uniform", "er",
+      "erk", or a function; see `sparsejax.allocation`.
+    criterion: the score of each weight, a function of a `sparsejax.criteria.Leaf`; lowest pruned.
+    prunable: `prunable(path, leaf) -> bool` says which leaves are pruned.
+    key: a random key, for criteria that use one.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`; see `sparsejax.masked_updates`.
+
+  Raises:
+    ValueError: if an argument is out of its range; by `init`, if a tree of sparsities does not
+      match the parameters.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, sparsejax
+    >>> tx = optax.chain(optax.sgd(0.1), sparsejax.progressive_pruning(0.8, steps=4, every=1))
+    >>> params = {"kernel": jnp.arange(1., 11.).reshape(2, 5)}
+    >>> state = tx.init(params)
+    >>> for _ in range(4):
+    ...   updates, state = tx.update({"kernel": jnp.zeros((2, 5))}, state, params)
+    ...   params = optax.apply_updates(params, updates)
+    ...   print(int((params["kernel"] == 0).sum()))
+    2
+    4
+    6
+    8
+
+  References:
+    Qureshi et al., `Finding Sparse Subnetworks in One Training Cycle via Progressive
+    Magnitude-Based Pruning <https://arxiv.org/abs/2606.12278>`_, 2026
+  """
+  _check_integer("steps", steps, at_least=1)
+  _check_integer("every", every, at_least=1)
+  _check_integer("begin", begin, at_least=0)
+  (initial,) = allocation_lib.check_sparsity("initial", [initial])
+  sparsity = allocation_lib.check_sparsity("sparsity", sparsity)
+  ramped = [min(c + every, steps) for c in range(0, steps, every)]
+
+  def due(count):
+    return (count >= begin) & (count < begin + steps) & ((count - begin) % every == 0)
+
+  def count_pruned(count, pool, count_pruned_at):
+    final = allocation_lib.for_leaves(sparsity, pool)
+    update = (count - begin) // every
+
+    def at(done):
+      # What lands on the final sparsity is that number itself, not a rounding error beside it.
+      where = jnp.where if isinstance(done, jax.Array) else lambda c, x, y: x if c else y
+      return jax.tree.map(
+        lambda s: where(done == steps, s, initial + (s - initial) * done / steps), final
+      )
+
+    if all(isinstance(s, float) for s in jax.tree.leaves(final)):
+      return counts.from_ints([count_pruned_at(at(done)) for done in ramped])[update]
+    return count_pruned_at(at(jnp.asarray(ramped, jnp.int32)[update]))
+
+  return _prune_active(
+    count_pruned,
+    due=due,
+    sparsity=sparsity,
+    allocation=allocation,
+    criterion=criterion,
+    prunable=prunable,
+    key=key,
+  )
+
+
+def gradual_pruning(
+  schedule: optax.Schedule,
+  *,
+  every: int,
+  begin: int = 0,
+  end: int | None = None,
+  allocation: Allocation = "global",
+  criterion: Criterion = criteria.magnitude,
+  prunable: Prunable = is_kernel,
+  key: jax.Array | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Gradual pruning along any schedule of sparsity.
+
+  In a chain of transformations, this should be the last one.
+
+  Masks change at the calls :math:`c = b, b + \Delta, b + 2 \Delta, \dots`, where :math:`b` is
+  `begin` and :math:`\Delta` is `every`, up to `end`, and a last time at `end` itself. The call at c
+  brings the overall sparsity to `schedule(c)` by pruning the active weights of smallest magnitude.
+  Weights that are pruned stay pruned: where the schedule falls, nothing changes.
+
+  The cubic schedule of Zhu & Gupta is `optax.polynomial_schedule(0., s, 3, steps)`.
+
+  Args:
+    schedule: takes the number of the call, from 0, and returns a sparsity in [0, 1]. It is taken as
+      a float32, for which the number of pruned weights is exact. It is not checked: below 0 it
+      prunes nothing, above 1 everything.
+    every: calls from one change of the masks to the next.
+    begin: the call at which the masks change first.
+    end: the call at which they change last. Without it they go on changing.
+    allocation: how the overall sparsity is shared out among layers: "global", "uniform", "er",
+      "erk", or a function; see `sparsejax.allocation`.
+    criterion: the score of each weight, a function of a `sparsejax.criteria.Leaf`; lowest pruned.
+    prunable: `prunable(path, leaf) -> bool` says which leaves are pruned.
+    key: a random key, for criteria that use one.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`; see `sparsejax.masked_updates`.
+
+  Raises:
+    ValueError: if an argument is out of its range.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, sparsejax
+    >>> cubic = optax.polynomial_schedule(0., 0.8, power=3, transition_steps=4)
+    >>> tx = sparsejax.gradual_pruning(cubic, every=1, end=4)
+    >>> params = {"kernel": jnp.arange(1., 11.).reshape(2, 5)}
+    >>> state = tx.init(params)
+    >>> for _ in range(5):
+    ...   updates, state = tx.update({"kernel": jnp.zeros((2, 5))}, state, params)
+    ...   params = optax.apply_updates(params, updates)
+    ...   print(int((params["kernel"] == 0).sum()))
+    0
+    5
+    7
+    8
+    8
+
+  References:
+    Zhu and Gupta, `To prune, or not to prune: exploring the efficacy of pruning for model
+    compression <https://arxiv.org/abs/1710.01878>`_, 2017
+  """
+  if not callable(schedule):
+    raise ValueError(
+      f"schedule must be a function of the number of the call, got {schedule!r}: for a constant,"
+      " use optax.constant_schedule."
+    )
+  _check_integer("every", every, at_least=1)
+  _check_integer("begin", begin, at_least=0)
+  if end is not None:
+    _check_integer("end", end, at_least=0)
+    if begin >= end:
+      raise ValueError(f"begin must be less than end, got begin={begin} and end={end}.")
+
+  def due(count):
+    on_grid = (count >= begin) & ((count - begin) % every == 0)
+    return on_grid if end is None else (on_grid & (count <= end)) | (count == end)
+
+  return _prune_active(
+    lambda count, pool, count_pruned_at: count_pruned_at(jnp.asarray(schedule(count))),
+    due=due,
+    sparsity=0.0,
+    allocation=allocation,
+    criterion=criterion,
+    prunable=prunable,
+    key=key,
+  )
+
+
+def one_shot_pruning(
+  sparsity: float | jax.Array | PyTree,
+  *,
+  at: int,
+  allocation: Allocation = "global",
+  criterion: Criterion = criteria.magnitude,
+  prunable: Prunable = is_kernel,
+  key: jax.Array | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Prunes once, at one call, and keeps the masks from then on.
+
+  In a chain of transformations, this should be the last one.
+
+  Args:
+    sparsity: as in `sparsejax.progressive_pruning`.
+    at: the number of the call of `update`, from 0.
+    allocation: how the overall sparsity is shared out among layers: "global", "uniform", "er",
+      "erk", or a function; see `sparsejax.allocation`.
+    criterion: the score of each weight, a function of a `sparsejax.criteria.Leaf`; lowest pruned.
+    prunable: `prunable(path, leaf) -> bool` says which leaves are pruned.
+    key: a random key, for criteria that use one.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`; see `sparsejax.masked_updates`.
+
+  Raises:
+    ValueError: if an argument is out of its range; by `init`, if a tree of sparsities does not
+      match the parameters.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, sparsejax
+    >>> tx = optax.chain(optax.sgd(0.1), sparsejax.one_shot_pruning(0.5, at=0))
+    >>> params = {"kernel": jnp.array([[3., 1.], [2., 4.]])}
+    >>> updates, state = tx.update({"kernel": jnp.zeros((2, 2))}, tx.init(params), params)
+    >>> print(optax.apply_updates(params, updates)["kernel"])
+    [[3. 0.]
+     [0. 4.]]
+  """
+  _check_integer("at", at, at_least=0)
+  return progressive_pruning(
+    sparsity,
+    steps=1,
+    every=1,
+    begin=at,
+    allocation=allocation,
+    criterion=criterion,
+    prunable=prunable,
+    key=key,
+  )
+
+
+def fixed_masks(masks: PyTree) -> optax.GradientTransformationExtraArgs:
+  """Keeps weights at zero under masks that never change.
+
+  In a chain of transformations, this should be the last one.
+
+  Args:
+    masks: a full boolean tree with the structure and shapes of the parameters, True where a weight
+      is active, such as `sparsejax.masks_from_scores` makes.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`; see `sparsejax.masked_updates`. The first update
+    brings the pruned weights to zero.
+
+  Raises:
+    ValueError: if a mask is not boolean; by `init`, if the masks do not match the parameters.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, sparsejax
+    >>> params = {"kernel": jnp.array([[3., 1.], [2., 4.]])}
+    >>> masks = sparsejax.masks_from_scores(params, 0.75)
+    >>> tx = optax.chain(optax.sgd(0.1), sparsejax.fixed_masks(masks))
+    >>> updates, state = tx.update({"kernel": jnp.zeros((2, 2))}, tx.init(params), params)
+    >>> print(optax.apply_updates(params, updates)["kernel"])
+    [[0. 0.]
+     [0. 4.]]
+  """
+  for path, mask in jax.tree_util.tree_leaves_with_path(masks):
+    if jnp.result_type(mask) != jnp.bool_:
+      raise ValueError(
+        f"masks must be boolean, but {masks_lib.path_name(path)!r} has dtype"
+        f" {jnp.result_type(mask)}: compare it, as in mask != 0."
+      )
+  never = transform.masked_updates(
+    lambda call: call.masks, due=lambda count: False, prunable=lambda path, leaf: True
+  )
+
+  def init_fn(params):
+    state = never.init(params)
+    if not jax.tree.leaves(params):
+      return state
+    masks_lib.check_same_structure(masks, params, "the masks", "the parameters")
+    # Copies, so that the state can be donated.
+    return state._replace(masks=jax.tree.map(lambda p, m: jnp.array(m), params, masks))
+
+  return optax.GradientTransformationExtraArgs(init_fn, never.update)
+
+
+def static_args(transformation: Callable[..., Any]) -> tuple[str, ...]:
+  """The arguments that `optax.inject_hyperparams` has to leave alone: all but the sparsity.
+
+  Args:
+    transformation: a function that takes a `sparsity`, such as `sparsejax.progressive_pruning`.
+
+  Returns:
+    The names of its other arguments.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, sparsejax
+    >>> pruning = sparsejax.one_shot_pruning
+    >>> tx = optax.inject_hyperparams(pruning, sparsejax.static_args(pruning))(0.5, at=10)
+    >>> state = tx.init({"kernel": jnp.ones((2, 2))})
+    >>> print(state.hyperparams["sparsity"])
+    0.5
+  """
+  return tuple(name for name in inspect.signature(transformation).parameters if name != "sparsity")
+
+
+def _prune_active(
+  count_pruned: Callable[..., Any],
+  *,
+  due: Callable[[jax.Array], jax.Array],
+  sparsity: PyTree,
+  allocation: Allocation,
+  criterion: Criterion,
+  prunable: Prunable,
+  key: jax.Array | None,
+) -> optax.GradientTransformationExtraArgs:
+  """Prunes active weights of lowest score until as many are pruned as a function asks for.
+
+  Args:
+    count_pruned: takes the number of the call, the tree of prunable weights, and a function from a
+      sparsity to a number of weights; returns how many weights are to be pruned in all.
+    due: whether masks change at a call.
+    sparsity: the final sparsity, checked against the parameters by `init`.
+    allocation: see the transformations.
+    criterion: see the transformations.
+    prunable: see the transformations.
+    key: see the transformations.
+
+  Returns:
+    A transformation.
+  """
+  allocation_lib.check(allocation)
+  if criterion is criteria.random and key is None:
+    raise ValueError("criteria.random needs a key, got key=None: pass key=jax.random.key(seed).")
+
+  def rule(call):
+    weights, treedef = jax.tree.flatten(call.params)
+    masks = jax.tree.leaves(call.masks)
+    shapes = [w.shape for w in weights]
+    goal = counts.from_ints(
+      count_pruned(
+        call.count,
+        call.params,
+        lambda s: allocation_lib.count_pruned(shapes, s, allocation),
+      )
+    )
+    pruned = jnp.stack([counts.count_true(~m)[0] for m in masks])
+    one_pool = goal.low.shape[0] == 1
+    k = goal - (counts.total(pruned) if one_pool else counts.widen(pruned))
+    if criterion is criteria.magnitude:
+      # The absolute value is exact, so that it need not be written to memory.
+      now = selection.select(weights, k, among=masks, score=jnp.abs)
+    else:
+      now = selection.select(criteria.scores(criterion, call), k, among=masks)
+    return jax.tree.unflatten(treedef, [m & ~p for m, p in zip(masks, now)])
+
+  pruning = transform.masked_updates(rule, due=due, prunable=prunable, key=key)
+
+  def init_fn(params):
+    state = pruning.init(params)
+    if jax.tree.leaves(params):
+      allocation_lib.for_leaves(sparsity, state.masks)
+    return state
+
+  return optax.GradientTransformationExtraArgs(init_fn, pruning.update)
+
+
+def _check_integer(name: str, value: Any, at_least: int) -> None:
+  if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    raise ValueError(f"{name} must be an integer, got {value!r}: wrap it in int() or round().")
+  if value < at_least:
+    raise ValueError(f"{name} must be at least {at_least}, got {value!r}.")

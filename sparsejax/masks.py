@@ -1,0 +1,165 @@
+"""Masks as pytrees: which leaves are pruned; apply, count and compare.
+
+A mask is a boolean array of its weight's shape, True where the weight is kept. *Full* masks have
+the structure of the parameters, with True everywhere in leaves that are never pruned. Inside an
+optimizer state, and in the trees that a rule sees, `optax.MaskedNode()` stands for such leaves.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsejax import counts
+
+PyTree = Any
+KeyPath = tuple[Any, ...]
+Prunable = Callable[[KeyPath, Any], bool]
+
+
+def is_kernel(path: KeyPath, leaf: Any) -> bool:
+  """Whether a leaf is a kernel: of rank 2 or more, as are those of dense and convolution layers.
+
+  Biases and the parameters of normalisation layers are not. This is the default `prunable`.
+  """
+  del path
+  return leaf.ndim >= 2
+
+
+def apply_masks(tree: PyTree, masks: PyTree) -> PyTree:
+  """Sets to zero what the masks prune.
+
+  Needed only outside of training, for what the optimizer does not keep sparse: a moving average of
+  the parameters, say, or parameters that masks made before training are to be applied to.
+
+  Args:
+    tree: a pytree of arrays.
+    masks: a full boolean tree with its structure and shapes.
+
+  Returns:
+    The tree, zero where a mask is False.
+  """
+  return jax.tree.map(lambda m, x: jnp.where(m, x, jnp.zeros_like(x)), masks, tree)
+
+
+def sparsity(masks: PyTree, prunable: Prunable = is_kernel) -> jax.Array:
+  """The pruned fraction of the weights that may be pruned.
+
+  Args:
+    masks: a full boolean tree.
+    prunable: which leaves are counted.
+
+  Returns:
+    A scalar in [0, 1].
+
+  Raises:
+    ValueError: if no leaf is prunable.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import sparsejax
+    >>> masks = {"kernel": jnp.array([[True, False], [False, False]]), "bias": jnp.ones(2, bool)}
+    >>> float(sparsejax.sparsity(masks))
+    0.75
+  """
+  pool = jax.tree.leaves(select_prunable(masks, prunable))
+  size = sum(m.size for m in pool)
+  if not size:
+    raise ValueError("the sparsity of nothing is undefined: no leaf is prunable.")
+  # A float32 cannot hold a large count, but it can hold each leaf's share.
+  return sum((m.size - count_kept(m)).astype(jnp.float32) / size for m in pool)
+
+
+class Overlap(NamedTuple):
+  """How far two sets of masks agree: the Jaccard index of the weights that they keep.
+
+  Attributes:
+    overall: of all prunable weights together.  # shape=()
+    per_layer: by the path of the leaf, such as "dense/kernel".
+  """
+
+  overall: jax.Array
+  per_layer: dict[str, jax.Array]
+
+
+def overlap(masks_a: PyTree, masks_b: PyTree, prunable: Prunable = is_kernel) -> Overlap:
+  r"""The Jaccard index :math:`|A \cap B| / |A \cup B|` of the weights that two masks keep.
+
+  Where neither keeps anything the index is 1.
+
+  Args:
+    masks_a: a full boolean tree.
+    masks_b: another with the same structure and shapes.
+    prunable: which leaves are compared.
+
+  Returns:
+    The index overall and per layer.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import sparsejax
+    >>> a, b = jnp.array([[True, True, False]]), jnp.array([[False, True, True]])
+    >>> print(round(float(sparsejax.overlap({"kernel": a}, {"kernel": b}).overall), 3))
+    0.333
+  """
+
+  def jaccard(both, either):
+    return jnp.where(either > 0, both / jnp.maximum(either, 1), 1.0)
+
+  check_same_structure(masks_a, masks_b, "the first masks", "the second masks")
+  a, b = (
+    jax.tree_util.tree_leaves_with_path(select_prunable(m, prunable)) for m in (masks_a, masks_b)
+  )
+  per_layer, both, either = {}, 0.0, 0.0
+  for (path, x), (_, y) in zip(a, b):
+    shared, united = counts.count_true(x & y, x | y).astype(jnp.float32)
+    per_layer[path_name(path)] = jaccard(shared, united)
+    both, either = both + shared, either + united
+  return Overlap(jaccard(both, either), per_layer)
+
+
+def count_kept(mask: jax.Array) -> jax.Array:
+  """How many weights a mask keeps.  # shape=(), dtype=uint32"""
+  return counts.count_true(mask)[0]
+
+
+def select_prunable(tree: PyTree, prunable: Prunable) -> PyTree:
+  """The tree with `optax.MaskedNode()` in place of the leaves that are not prunable."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: x if prunable(strip_value(path), x) else optax.MaskedNode(), tree
+  )
+
+
+def is_masked_node(x: Any) -> bool:
+  return isinstance(x, optax.MaskedNode)
+
+
+def strip_value(path: KeyPath) -> KeyPath:
+  """The path without the final `value` that Flax NNX has at `init` and not at `update`."""
+  if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+    return path[:-1]
+  return path
+
+
+def path_name(path: KeyPath) -> str:
+  """A path as a name for people, such as "dense/kernel"."""
+  return jax.tree_util.keystr(strip_value(path), simple=True, separator="/")
+
+
+def check_same_structure(a: PyTree, b: PyTree, name_a: str, name_b: str) -> None:
+  """Raises a ValueError that says where two trees differ in structure or in shapes."""
+  shapes_a, shapes_b = (
+    {path_name(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    for tree in (a, b)
+  )
+  for path in shapes_a | shapes_b:
+    if path not in shapes_b:
+      raise ValueError(f"{name_a} have {path!r}, but {name_b} have not.")
+    if path not in shapes_a:
+      raise ValueError(f"{name_b} have {path!r}, but {name_a} have not.")
+    if shapes_a[path] != shapes_b[path]:
+      raise ValueError(
+        f"{path!r} has shape {shapes_a[path]} in {name_a}, but {shapes_b[path]} in {name_b}."
+      )
