@@ -44,8 +44,8 @@ class Recipe:
 
 
 RECIPES = {
-  # The demonstration, on data that needs no download: 90 % of LeNet-300-100 pruned on the handwritten
-  # digits of scikit-learn. Not a published run.
+  # The demonstration, on data that needs no download: 90 % of LeNet-300-100 pruned on handwritten
+  # digits. Not a published run.
   #   python -m experiments.train lenet300-digits
   "lenet300-digits": Recipe(
     data="digits",

@@ -104,16 +104,18 @@ def count_true(*predicates: jax.Array) -> jax.Array:
     The counts. # shape=(len(predicates),), dtype=uint32
   """
   # A reduction of one operand makes XLA's CPU backend write the operand to memory first; one of
-  # several operands is fused with what computes them.
-  operands = tuple(jnp.atleast_1d(p).astype(jnp.uint32) for p in predicates)
-  padded = operands if len(operands) > 1 else operands * 2
-  sums = lax.reduce(
-    padded,
-    (np.uint32(0),) * len(padded),
-    lambda a, b: tuple(x + y for x, y in zip(a, b)),
-    tuple(range(padded[0].ndim)),
+  # several is fused with what computes them. The barrier keeps a second one alive.
+  counted = predicates if len(predicates) > 1 else (predicates[0], ~predicates[0])
+  operands = tuple(jnp.atleast_1d(p).astype(jnp.uint32) for p in counted)
+  sums = lax.optimization_barrier(
+    lax.reduce(
+      operands,
+      (np.uint32(0),) * len(operands),
+      lambda a, b: tuple(x + y for x, y in zip(a, b)),
+      tuple(range(operands[0].ndim)),
+    )
   )
-  return jnp.stack(sums[: len(operands)])
+  return jnp.stack(sums[: len(predicates)])
 
 
 def rounded_pruned(sparsity: jax.Array, sizes: np.ndarray) -> Count:

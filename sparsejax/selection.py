@@ -126,14 +126,14 @@ def select(
 
   def candidates_that(test, *vectors):
     """For each array, the predicates that `test` returns, at the candidates."""
-    # Tied to the loop's own variables, so that XLA computes the keys in each pass instead of
-    # hoisting them out of the loop, into memory.
+    # Tied to the loop's own variables, so that XLA computes keys and positions in each pass instead
+    # of hoisting them out of the loop, into memory.
     arrays, candidates, vectors = lax.optimization_barrier((list(values), among, vectors))
     found = []
     for i, (array, candidate) in enumerate(zip(arrays, candidates)):
       key = _ordinal(_widened(score(array), dtype))
       scalars = (v[0] if v.shape[0] == 1 else v[i] for v in vectors)
-      predicates = test(key, _positions(key), *scalars)
+      predicates = test(key, _positions(key, vectors[0][0].astype(jnp.uint32)), *scalars)
       found.append(predicates if candidate is None else [p & candidate for p in predicates])
     return found
 
@@ -253,10 +253,10 @@ def _widened(scores: jax.Array, dtype) -> jax.Array:
   return jnp.where(magnitude < 2**info.nmant, tiny, scores.astype(dtype))
 
 
-def _positions(x: jax.Array) -> jax.Array:
-  """The C-order index of each entry."""
-  position = jnp.zeros(x.shape, jnp.uint32)
+def _positions(x: jax.Array, anything: jax.Array) -> jax.Array:
+  """The C-order index of each entry, computed in a way that depends on a scalar."""
+  position = anything
   for axis in range(x.ndim):
     stride = int(np.prod(x.shape[axis + 1 :], dtype=np.int64))
     position += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(stride)
-  return position
+  return jnp.broadcast_to(position - anything, x.shape)

@@ -132,7 +132,7 @@ def masked_updates(
       _in_any_lane(is_due), changed, lambda masks, _: masks, state.masks, weights
     )
     updates = jax.tree.map(
-      lambda m, u, p: u if is_masked_node(m) else jnp.where(m, u, -p),
+      lambda m, u, p: u if is_masked_node(m) else _where(m, u, -p),
       masks,
       updates,
       params,
@@ -218,6 +218,11 @@ def _check_prunable(params: PyTree, masks: PyTree) -> None:
 
 def _is_state(x: Any) -> bool:
   return isinstance(x, MaskedUpdatesState)
+
+
+def _where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+  # XLA's CPU backend selects by bytes nearly twice as fast as by booleans.
+  return jnp.where(mask.astype(jnp.uint8) != 0, x, y)
 
 
 @jax.custom_batching.custom_vmap

@@ -1,0 +1,230 @@
+"""Speed and memory of the library against plain JAX, as ratios within one run.
+
+    python -m experiments.benchmark selection
+    python -m experiments.benchmark step
+
+`selection` picks the fraction of smallest magnitudes, against `jnp.argsort` of the concatenated
+scores. `step` is SGD with momentum and `optax.apply_updates`, alone and with pruning as last link,
+at calls that keep the masks and at calls that change them. Each figure is the median over rounds in
+which all variants take turns.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+import sparsejax
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Measures the library against plain JAX."""
+
+  what: tyro.conf.Positional[Literal["selection", "step"]]
+  """What to measure."""
+  trees: tuple[Literal["lenet300", "resnet18", "resnet50"], ...] = (
+    "lenet300",
+    "resnet18",
+    "resnet50",
+  )
+  """Shapes of the parameters."""
+  sparsity: float = 0.729
+  """The fraction to prune."""
+  rounds: int = 7
+  """How often each variant is timed."""
+
+
+def lenet300() -> list[tuple[int, ...]]:
+  """Shapes of the parameters of LeNet-300-100 on MNIST."""
+  return [shape for n, m in ((784, 300), (300, 100), (100, 10)) for shape in ((n, m), (m,))]
+
+
+def resnet18() -> list[tuple[int, ...]]:
+  """Shapes of the parameters of ResNet-18 as used on CIFAR-10."""
+  shapes, inputs = _convolution(3, 3, 64), 64
+  for stage, width in enumerate((64, 128, 256, 512)):
+    for block in range(2):
+      shapes += _convolution(3, inputs, width) + _convolution(3, width, width)
+      if block == 0 and stage > 0:
+        shapes += _convolution(1, inputs, width)
+      inputs = width
+  return [*shapes, (512, 10), (10,)]
+
+
+def resnet50() -> list[tuple[int, ...]]:
+  """Shapes of the parameters of ResNet-50 on ImageNet."""
+  shapes, inputs = _convolution(7, 3, 64), 64
+  for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+    for block in range(blocks):
+      shapes += _convolution(1, inputs, width) + _convolution(3, width, width)
+      shapes += _convolution(1, width, 4 * width)
+      if block == 0:
+        shapes += _convolution(1, inputs, 4 * width)
+      inputs = 4 * width
+  return [*shapes, (2048, 1000), (1000,)]
+
+
+def _convolution(size: int, inputs: int, outputs: int) -> list[tuple[int, ...]]:
+  """A kernel without bias, and the scale and bias of the batch norm after it."""
+  return [(size, size, inputs, outputs), (outputs,), (outputs,)]
+
+
+TREES = {"lenet300": lenet300, "resnet18": resnet18, "resnet50": resnet50}
+
+
+def benchmark_selection(options: Options) -> list[dict[str, Any]]:
+  """Selects from given scores: one row for each tree."""
+  rows = []
+  for name in options.trees:
+    scores = [jnp.abs(w) for w in _random_like(TREES[name]()) if w.ndim >= 2]
+    size = sum(s.size for s in scores)
+    k = jnp.int32(round(options.sparsity * size))
+    argsort = _compile(
+      lambda scores, k: jnp.argsort(jnp.concatenate([s.reshape(-1) for s in scores])), scores, k
+    )
+    select = _compile(sparsejax.select_smallest, scores, k)
+    slow, fast = _take_turns(
+      [lambda: argsort(scores, k), lambda: select(scores, k)], options.rounds
+    )
+    rows.append(
+      {
+        "tree": name,
+        "weights": f"{size:,}",
+        "argsort": _milliseconds(slow),
+        "select_smallest": _milliseconds(fast),
+        "times faster": f"{slow / fast:.0f}",
+        "argsort, temporary bytes per weight": f"{_temporary_bytes(argsort) / size:.2f}",
+        "select_smallest, temporary bytes per weight": f"{_temporary_bytes(select) / size:.2f}",
+      }
+    )
+  return rows
+
+
+def benchmark_step(options: Options) -> list[dict[str, Any]]:
+  """Optimizer steps with donated buffers: one row for each tree."""
+  sgd = optax.sgd(0.1, momentum=0.9)
+  ramp = optax.linear_schedule(0.0, options.sparsity, transition_steps=1000)
+  optimizers = [
+    sgd,
+    optax.chain(sgd, sparsejax.one_shot_pruning(options.sparsity, at=2**30)),
+    optax.chain(sgd, sparsejax.gradual_pruning(ramp, every=1)),
+  ]
+  rows = []
+  for name in options.trees:
+    shapes = TREES[name]()
+    with _count_compilations() as compilations:
+      steps = [_make_step(tx, shapes) for tx in optimizers]
+      before = len(compilations)
+      bare, pruning, changing = _take_turns(steps, options.rounds)
+      later = len(compilations) - before
+    rows.append(
+      {
+        "tree": name,
+        "parameters": f"{sum(math.prod(shape) for shape in shapes):,}",
+        "SGD": _milliseconds(bare),
+        "with pruning, masks kept": _milliseconds(pruning),
+        "ratio": f"{pruning / bare:.2f}",
+        "masks changed": _milliseconds(changing),
+        "ratio of that": f"{changing / bare:.1f}",
+        "compilations after the first call": str(later),
+      }
+    )
+  return rows
+
+
+def _make_step(
+  tx: optax.GradientTransformation, shapes: list[tuple[int, ...]]
+) -> Callable[[], Any]:
+  """A function that makes one step after the other, already called once."""
+  grads = _random_like(shapes)
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def update(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  params = _random_like(shapes)
+  held = [params, tx.init(params)]
+
+  def step():
+    held[:] = update(*held, grads)
+    return held
+
+  jax.block_until_ready(step())
+  return step
+
+
+def _compile(function: Callable[..., Any], *args: Any) -> Any:
+  return jax.jit(function).lower(*args).compile()
+
+
+def _random_like(shapes: list[tuple[int, ...]]) -> list[jax.Array]:
+  rng = np.random.default_rng(0)
+  return [jnp.asarray(0.05 * rng.standard_normal(shape, np.float32)) for shape in shapes]
+
+
+def _take_turns(functions: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+  """The median time of each function in seconds; a short one is repeated to make 20 ms."""
+
+  def timed(function, repetitions):
+    started = time.perf_counter()
+    for _ in range(repetitions):
+      result = function()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - started) / repetitions
+
+  repetitions = [max(1, math.ceil(0.02 / timed(function, 1))) for function in functions]
+  times = [[timed(*turn) for turn in zip(functions, repetitions)] for _ in range(rounds)]
+  return [statistics.median(column) for column in zip(*times)]
+
+
+@contextlib.contextmanager
+def _count_compilations() -> Iterator[list[str]]:
+  """A list that grows by one with each compilation."""
+  events: list[str] = []
+
+  def listen(event: str, duration: float, **_: Any) -> None:
+    del duration
+    if event.endswith("backend_compile_duration"):
+      events.append(event)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield events
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def _temporary_bytes(compiled: Any) -> int:
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def _milliseconds(seconds: float) -> str:
+  return f"{1e3 * seconds:.3g} ms"
+
+
+def to_markdown(rows: Sequence[dict[str, str]]) -> str:
+  """A table with the keys of the first row as its header."""
+  lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(args: list[str] | None = None) -> None:
+  options = tyro.cli(Options, prog="python -m experiments.benchmark", args=args)
+  benchmark = {"selection": benchmark_selection, "step": benchmark_step}[options.what]
+  print(to_markdown(benchmark(options)))
+
+
+if __name__ == "__main__":
+  main()
