@@ -10,6 +10,7 @@ checkpoint, with bit-identical results on the same machine.
 import dataclasses
 import difflib
 import importlib.metadata
+import itertools
 import json
 import math
 import pathlib
@@ -94,13 +95,13 @@ def train(run: Run) -> dict[str, Any]:
           "validation_accuracy": float(validation.accuracy),
           "sparsity": float(trained.sparsity),
           "seconds": seconds,
-          # A dead network has one answer to everything; it does not come back.
-          "collapsed": not math.isfinite(loss) or int(validation.classes_seen) == 1,
+          # With dead units or NaN, it does not come back.
+          "collapsed": not math.isfinite(loss) or bool(validation.constant),
         }
         if line["collapsed"] and not (metrics and metrics[-1]["collapsed"]):
           bar.write(
             f"{run.name}, seed {run.seed}: COLLAPSED in epoch {epoch}: the network gives the same"
-            f" answer to every image (loss {loss:.3f})."
+            f" output for every image (loss {loss:.3f})."
           )
         metrics.append(line)
         print(json.dumps(line), file=log, flush=True)
@@ -121,7 +122,7 @@ def train(run: Run) -> dict[str, Any]:
     "pool": summary.pool.parameters,
     "pruned": summary.pool.parameters - summary.pool.active,
     "sparsity": summary.pool.sparsity,
-    "collapsed_in_epoch": next((m["epoch"] for m in metrics if m["collapsed"]), None),
+    "collapsed_in_epoch": _collapsed_in_epoch(metrics),
     "layers": [
       {"name": row.name, "parameters": row.parameters, "active": row.active}
       for row in summary.layers
@@ -188,6 +189,12 @@ def _provenance() -> dict[str, Any]:
       **{package: importlib.metadata.version(package) for package in packages},
     },
   }
+
+
+def _collapsed_in_epoch(metrics: list[dict[str, Any]]) -> int | None:
+  """The epoch from which on a run was dead, if it was so at the end."""
+  dead = itertools.takewhile(lambda line: line["collapsed"], reversed(metrics))
+  return min((line["epoch"] for line in dead), default=None)
 
 
 def _verdict(run: Run, result: dict[str, Any]) -> str:

@@ -32,11 +32,11 @@ class EpochMetrics(NamedTuple):
   sparsity: jax.Array  # of the prunable weights, at the end of the epoch
 
 
-class Accuracy(NamedTuple):
-  """Result of an evaluation."""
+class Evaluation(NamedTuple):
+  """What a network does on a set of images; scalars."""
 
   accuracy: jax.Array  # in [0, 1]
-  classes_seen: jax.Array  # how many of the classes were ever predicted
+  constant: jax.Array  # whether its output is the same for every image: its units are dead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Trainer:
     init: returns the state before the first epoch.
     epoch: (state, training images) -> (state, EpochMetrics). It uses the state's buffers for its
       result.
-    evaluate: (params, images) -> Accuracy, on the images as they are.
-    validate: (params, images, epoch) -> Accuracy, on augmented images.
+    evaluate: (params, images) -> Evaluation, on the images as they are.
+    validate: (params, images) -> Evaluation, on augmented images, the same ones each time.
     train: training images.
     held_out: validation images.
     test: test images, for the end.
@@ -58,8 +58,8 @@ class Trainer:
   steps_per_epoch: int
   init: Callable[[], train_state.TrainState]
   epoch: Callable[..., Any]
-  evaluate: Callable[..., Accuracy]
-  validate: Callable[..., Accuracy]
+  evaluate: Callable[..., Evaluation]
+  validate: Callable[..., Evaluation]
   train: Images
   held_out: Images
   test: Images
@@ -123,30 +123,30 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int) -> Trainer:
     sparsity = sparsejax.sparsity(get_masks(recipe, state))
     return state, EpochMetrics(jnp.sum(losses) / count, jnp.sum(correct) / count, sparsity)
 
-  def accuracy(params, images, augmented):
-    """Of batches of a thousand, so that no network needs memory for all images at once."""
+  def evaluate(params, images, augmented):
+    # In batches of a thousand, so that no network needs memory for all images at once.
     size = images.labels.size
     batches = -(-size // 1000)
     index = jnp.pad(jnp.arange(size), (0, batches * 1000 - size)).reshape(batches, 1000)
 
-    def predict(inputs):
+    def logits_of_batch(inputs):
       index, key = inputs
-      return jnp.argmax(logits(params, augmented(key, images.pixels[index])), axis=-1)
+      return logits(params, augmented(key, images.pixels[index]))
 
-    def of_batches(key):
-      return jax.lax.map(predict, (index, jax.random.split(key, batches))).reshape(-1)[:size]
-
-    predicted = of_batches(held_out_key)
-    seen = jnp.zeros(dataset.classes, bool).at[predicted].set(True)
-    return Accuracy(jnp.mean(predicted == images.labels), jnp.sum(seen))
+    keys = jax.random.split(held_out_key, batches)
+    out = jax.lax.map(logits_of_batch, (index, keys)).reshape(-1, dataset.classes)[:size]
+    return Evaluation(
+      accuracy=jnp.mean(jnp.argmax(out, axis=-1) == images.labels),
+      constant=jnp.all(out == out[0]),
+    )
 
   return Trainer(
     steps_per_epoch=steps,
     init=jax.jit(init),
     epoch=epoch,
-    evaluate=jax.jit(lambda params, images: accuracy(params, images, lambda key, x: x)),
+    evaluate=jax.jit(lambda params, images: evaluate(params, images, lambda key, x: x)),
     # As published: the validation images pass through the augmentation too.
-    validate=jax.jit(lambda params, images: accuracy(params, images, augmented)),
+    validate=jax.jit(lambda params, images: evaluate(params, images, augmented)),
     train=train,
     held_out=images(dataset.train_images, dataset.train_labels, order[:held_out]),
     test=images(dataset.test_images, dataset.test_labels),
