@@ -18,12 +18,14 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 import tqdm
 import tyro
+from flax.training import train_state
 
 import sparsejax
 from experiments import data, plots, training
@@ -70,49 +72,7 @@ def train(run: Run) -> dict[str, Any]:
   state = trainer.init()
   epoch_fn = trainer.epoch.lower(state, trainer.train).compile()
   compile_seconds = time.perf_counter() - started
-
-  options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-  with ocp.CheckpointManager((run.folder / "checkpoints").absolute(), options=options) as saved:
-    first = 0
-    if saved.latest_step() is not None:
-      first = saved.latest_step()
-      state = saved.restore(first, args=ocp.args.StandardRestore(state))
-    metrics = _read_metrics(run.folder, first)
-    with (
-      (run.folder / "metrics.jsonl").open("a") as log,
-      tqdm.tqdm(total=run.recipe.epochs, initial=first, desc=run.name, unit="epoch") as bar,
-    ):
-      for epoch in range(first, run.recipe.epochs):
-        started = time.perf_counter()
-        state, trained = epoch_fn(state, trainer.train)
-        loss = float(trained.loss)
-        seconds = time.perf_counter() - started
-        validation = trainer.validate(state.params, trainer.held_out)
-        line = {
-          "epoch": epoch,
-          "loss": loss if math.isfinite(loss) else None,
-          "train_accuracy": float(trained.accuracy),
-          "validation_accuracy": float(validation.accuracy),
-          "sparsity": float(trained.sparsity),
-          "seconds": seconds,
-          # With dead units or NaN, it does not come back.
-          "collapsed": not math.isfinite(loss) or bool(validation.constant),
-        }
-        if line["collapsed"] and not (metrics and metrics[-1]["collapsed"]):
-          bar.write(
-            f"{run.name}, seed {run.seed}: COLLAPSED in epoch {epoch}: the network gives the same"
-            f" output for every image (loss {loss:.3f})."
-          )
-        metrics.append(line)
-        print(json.dumps(line), file=log, flush=True)
-        bar.update()
-        bar.set_postfix(
-          loss=f"{loss:.3f}",
-          validation=f"{line['validation_accuracy']:.2%}",
-          sparsity=f"{line['sparsity']:.2%}",
-        )
-        if (epoch + 1) % run.checkpoint_every == 0 or epoch + 1 == run.recipe.epochs:
-          saved.save(epoch + 1, args=ocp.args.StandardSave(state))
+  state, metrics = _train_epochs(run, trainer, epoch_fn, state)
 
   summary = sparsejax.summary(state.params, training.get_masks(run.recipe, state))
   test = trainer.evaluate(state.params, trainer.test)
@@ -140,6 +100,60 @@ def train(run: Run) -> dict[str, Any]:
   )
   print(f"\n{summary}\n\n{_verdict(run, result)}")
   return result
+
+
+def _train_epochs(
+  run: Run, trainer: training.Trainer, epoch_fn: Callable[..., Any], state: train_state.TrainState
+) -> tuple[train_state.TrainState, list[dict[str, Any]]]:
+  """Trains from the last checkpoint on; returns the last state and the metrics of all epochs."""
+  epochs = run.recipe.epochs
+  options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+  with ocp.CheckpointManager((run.folder / "checkpoints").absolute(), options=options) as saved:
+    first = saved.latest_step() or 0
+    if first:
+      state = saved.restore(first, args=ocp.args.StandardRestore(state))
+    metrics = _read_metrics(run.folder, first)
+    with (
+      (run.folder / "metrics.jsonl").open("a") as log,
+      tqdm.tqdm(total=epochs, initial=first, desc=run.name, unit="epoch") as bar,
+    ):
+      for epoch in range(first, epochs):
+        started = time.perf_counter()
+        state, trained = jax.block_until_ready(epoch_fn(state, trainer.train))
+        seconds = time.perf_counter() - started
+        line = _describe(epoch, trained, trainer.validate(state.params, trainer.held_out), seconds)
+        if line["collapsed"] != bool(metrics and metrics[-1]["collapsed"]):
+          news = "collapsed: its output is the same for every image"
+          news = news if line["collapsed"] else "recovered"
+          bar.write(f"{run.name}, seed {run.seed}, epoch {epoch}: the network has {news}")
+        metrics.append(line)
+        print(json.dumps(line), file=log, flush=True)
+        bar.update()
+        bar.set_postfix(
+          loss=f"{trained.loss:.3f}",
+          validation=f"{line['validation_accuracy']:.2%}",
+          sparsity=f"{line['sparsity']:.2%}",
+        )
+        if (epoch + 1) % run.checkpoint_every == 0 or epoch + 1 == epochs:
+          saved.save(epoch + 1, args=ocp.args.StandardSave(state))
+  return state, metrics
+
+
+def _describe(
+  epoch: int, trained: training.EpochMetrics, validation: training.Evaluation, seconds: float
+) -> dict[str, Any]:
+  """The line of an epoch in `metrics.jsonl`."""
+  loss = float(trained.loss)
+  return {
+    "epoch": epoch,
+    "loss": loss if math.isfinite(loss) else None,
+    "train_accuracy": float(trained.accuracy),
+    "validation_accuracy": float(validation.accuracy),
+    "sparsity": float(trained.sparsity),
+    "seconds": seconds,
+    # With all units dead, or NaN. A few networks come back from the former.
+    "collapsed": not math.isfinite(loss) or bool(validation.constant),
+  }
 
 
 def _claim_folder(folder: pathlib.Path, config: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparsejax import counts
@@ -150,16 +151,20 @@ def path_name(path: KeyPath) -> str:
 
 def check_same_structure(a: PyTree, b: PyTree, name_a: str, name_b: str) -> None:
   """Raises a ValueError that says where two trees differ in structure or in shapes."""
-  shapes_a, shapes_b = (
-    {path_name(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-    for tree in (a, b)
+  a, b = (
+    {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (a, b)
   )
-  for path in shapes_a | shapes_b:
-    if path not in shapes_b:
+  check_same_shapes(a, b, name_a, name_b)
+
+
+def check_same_shapes(a: dict[str, Any], b: dict[str, Any], name_a: str, name_b: str) -> None:
+  """The same for two sets of leaves by name."""
+  for path in a | b:
+    if path not in b:
       raise ValueError(f"{name_a} have {path!r}, but {name_b} have not.")
-    if path not in shapes_a:
+    if path not in a:
       raise ValueError(f"{name_b} have {path!r}, but {name_a} have not.")
-    if shapes_a[path] != shapes_b[path]:
+    if np.shape(a[path]) != np.shape(b[path]):
       raise ValueError(
-        f"{path!r} has shape {shapes_a[path]} in {name_a}, but {shapes_b[path]} in {name_b}."
+        f"{path!r} has shape {np.shape(a[path])} in {name_a}, but {np.shape(b[path])} in {name_b}."
       )

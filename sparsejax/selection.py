@@ -6,6 +6,7 @@ counts and writes nothing. If equal scores straddle the bound, a second search o
 their positions cuts the tie.
 """
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,8 +89,11 @@ def _count_of(k: Any, treedef) -> Count:
       f"k must be an integer or a tree of integers like `scores` ({treedef}), got {k!r}."
     )
   for value in per_leaf:
-    dtype = jnp.result_type(value)
-    if jnp.ndim(value) != 0 or not jnp.issubdtype(dtype, jnp.integer):
+    is_array = isinstance(value, (jax.Array, np.ndarray, np.generic))
+    if not (
+      isinstance(value, numbers.Integral)
+      or (is_array and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer))
+    ):
       raise ValueError(f"k must be an integer, got {value!r}: round it first.")
     if not isinstance(value, jax.Array) and value < 0:
       raise ValueError(f"k must not be negative, got {value!r}: use 0 to select nothing.")

@@ -116,8 +116,8 @@ def masked_updates(
         "pruning needs the weights: call update(updates, state, params) with the parameters as"
         " third argument."
       )
-    weights = _where_masked(state.masks, params, "the masks", "the parameters")
-    grad = None if grad is None else _where_masked(state.masks, grad, "the masks", "grad")
+    weights = _where_masked(state.masks, params, "the parameters")
+    grad = None if grad is None else _where_masked(state.masks, grad, "the gradients")
     is_due = jnp.asarray(due(state.count), bool)
 
     def changed(masks, weights):
@@ -129,7 +129,12 @@ def masked_updates(
     # Masks and weights are all that goes in: updates among the operands would be written to memory
     # at each step, for nothing.
     masks = jax.lax.cond(
-      _in_any_lane(is_due), changed, lambda masks, _: masks, state.masks, weights
+      _in_any_lane(is_due),
+      changed,
+      lambda masks, _: masks,
+      state.masks,
+      # Masks have no derivative, and JAX should not look for one in the rule.
+      jax.lax.stop_gradient(weights),
     )
     updates = jax.tree.map(
       lambda m, u, p: u if is_masked_node(m) else _where(m, u, -p),
@@ -189,15 +194,24 @@ def get_masks(opt_state: PyTree, params: PyTree) -> PyTree:
   return full
 
 
-def _where_masked(masks: PyTree, tree: PyTree, name_masks: str, name_tree: str) -> PyTree:
+def _where_masked(masks: PyTree, tree: PyTree, name: str) -> PyTree:
   """The tree with `optax.MaskedNode()` where the masks have it; checks that the rest fits."""
   try:
     picked = jax.tree.map(
       lambda m, x: m if is_masked_node(m) else x, masks, tree, is_leaf=is_masked_node
     )
-  except ValueError:
-    picked = tree
-  masks_lib.check_same_structure(masks, picked, name_masks, name_tree)
+  except ValueError as error:
+    flat = jax.tree_util.tree_leaves_with_path(masks, is_leaf=is_masked_node)
+    ignored = [path for path, m in flat if is_masked_node(m)]
+    compared = {
+      masks_lib.path_name(path): x
+      for path, x in jax.tree_util.tree_leaves_with_path(tree)
+      if not any(path[: len(other)] == other for other in ignored)
+    }
+    given = {masks_lib.path_name(path): m for path, m in flat if not is_masked_node(m)}
+    masks_lib.check_same_shapes(given, compared, "the masks", name)
+    raise ValueError(f"the masks and {name} have different structures: {error}") from error
+  masks_lib.check_same_structure(masks, picked, "the masks", name)
   return picked
 
 
@@ -208,11 +222,17 @@ def _check_prunable(params: PyTree, masks: PyTree) -> None:
       f"there is nothing to prune: `prunable` is False for each of {', '.join(names[:5])}"
       f"{', ...' if len(names) > 5 else ''}."
     )
-  for path, p in jax.tree_util.tree_leaves_with_path(_where_masked(masks, params, "", "")):
+  pool = _where_masked(masks, params, "the parameters")
+  for path, p in jax.tree_util.tree_leaves_with_path(pool):
+    name = masks_lib.path_name(path)
     if not jnp.issubdtype(p.dtype, jnp.floating):
       raise ValueError(
-        f"{masks_lib.path_name(path)!r} has dtype {p.dtype}, but only floating-point weights can"
-        " be pruned: exclude it by `prunable`."
+        f"{name!r} has dtype {p.dtype}, but only floating-point weights can be pruned: exclude it"
+        " by `prunable`."
+      )
+    if p.size >= 2**32:
+      raise ValueError(
+        f"{name!r} has {p.size} weights, but a leaf must have fewer than 2**32: split it."
       )
 
 
