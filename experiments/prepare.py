@@ -18,7 +18,7 @@ from urllib import parse
 
 import tyro
 
-from experiments import data
+from experiments import published
 
 _CIFAR10_CLASSES = (
   "airplane",
@@ -46,7 +46,7 @@ class Options:
   """The directory for TFDS data sets; this one goes into TARGET/NAME/VERSION."""
 
 
-def write(dataset: data.Dataset, target: pathlib.Path) -> pathlib.Path:
+def write(dataset: published.Dataset, target: pathlib.Path) -> pathlib.Path:
   """Writes a data set in ArrayRecord format under TFDS's name, version and features.
 
   Images keep their order. The data set appears under its name when it is complete, or not at all.
@@ -102,7 +102,7 @@ def write(dataset: data.Dataset, target: pathlib.Path) -> pathlib.Path:
   return destination
 
 
-def download(name: str, target: pathlib.Path) -> data.Dataset:
+def download(name: str, target: pathlib.Path) -> published.Dataset:
   """Downloads the publishers' files through TFDS and keeps them as a prepared data set.
 
   TFDS's own preparation reads these files with TensorFlow; its downloader does without.
@@ -123,7 +123,7 @@ def download(name: str, target: pathlib.Path) -> data.Dataset:
     dataset_name=name,
   )
   with tempfile.TemporaryDirectory() as scratch:
-    for url in data.PUBLISHED[name].urls:
+    for url in published.PUBLISHED[name].urls:
       path = manager.download(url)
       file = pathlib.PurePosixPath(parse.urlsplit(url).path).name
       if file.endswith(".tar.gz"):
@@ -131,7 +131,7 @@ def download(name: str, target: pathlib.Path) -> data.Dataset:
           archive.extractall(scratch, filter="data")
       else:  # TFDS has changed its name.
         shutil.copyfile(path, pathlib.Path(scratch, file))
-    dataset = data.read_files(name, data.find_files(name, pathlib.Path(scratch)))
+    dataset = published.read_files(name, published.find_files(name, pathlib.Path(scratch)))
   write(dataset, target)
   return dataset
 
@@ -140,11 +140,11 @@ def main(args: Sequence[str] | None = None) -> None:
   """Reads, checks and writes the data set that the command line names."""
   options = tyro.cli(Options, prog="python -m experiments.prepare", args=args)
   try:
-    directory = data.find_files(options.name, options.source)
+    directory = published.find_files(options.name, options.source)
     if directory is None:
-      files = ", ".join(data.PUBLISHED[options.name].files)
-      raise data.DataNotFound(f"{options.source} holds no file of {options.name!r} ({files}).")
-    dataset = data.read_files(options.name, directory)
+      files = ", ".join(published.PUBLISHED[options.name].files)
+      raise published.DataNotFound(f"{options.source} holds no file of {options.name!r} ({files}).")
+    dataset = published.read_files(options.name, directory)
     destination = write(dataset, options.target)
   except (OSError, ValueError) as error:
     raise SystemExit(f"error: {error}") from None

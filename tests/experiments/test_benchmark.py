@@ -1,0 +1,29 @@
+import math
+
+import pytest
+
+from experiments import benchmark
+
+
+@pytest.mark.parametrize(
+  ("tree", "parameters", "weights"),
+  [
+    ("lenet300", 266_610, 266_200),
+    ("resnet18", 11_173_962, 11_164_352),
+    ("resnet50", 25_557_032, 25_502_912),
+  ],
+)
+def test_trees_have_the_published_sizes(tree, parameters, weights):
+  shapes = benchmark.TREES[tree]()
+  assert sum(map(math.prod, shapes)) == parameters
+  assert sum(math.prod(shape) for shape in shapes if len(shape) >= 2) == weights
+
+
+@pytest.mark.parametrize("what", ["selection", "step"])
+def test_a_table_is_printed(what, capsys):
+  benchmark.main([what, "--trees", "lenet300", "--rounds", "1"])
+  header, _, row = capsys.readouterr().out.splitlines()
+  assert header.count("|") == row.count("|")
+  assert row.startswith("| lenet300 |")
+  if what == "step":
+    assert row.endswith("| 0 |")

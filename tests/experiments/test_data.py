@@ -1,0 +1,283 @@
+"""Data is read exactly or not at all, and a missing data set is reported at once."""
+
+import collections
+import gzip
+import re
+import socket
+import struct
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from experiments import data, published
+
+CIFAR10_IMAGES_PER_FILE = 20
+
+
+def _write_mnist(directory, *, suffix=".gz", train=30, test=10, seed=0):
+  """Writes MNIST's four files, as small as their headers allow; returns the arrays in them."""
+  directory.mkdir(parents=True, exist_ok=True)
+  rng = np.random.default_rng(seed)
+  arrays = []
+  for prefix, count in (("train", train), ("t10k", test)):
+    images = rng.integers(256, size=(count, 28, 28), dtype=np.uint8)
+    labels = rng.integers(10, size=count, dtype=np.uint8)
+    for name, array in (("images-idx3-ubyte", images), ("labels-idx1-ubyte", labels)):
+      header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+      content = header + array.tobytes()
+      path = directory / f"{prefix}-{name}{suffix}"
+      path.write_bytes(gzip.compress(content) if suffix else content)
+    arrays += [images, labels]
+  return arrays
+
+
+def _write_cifar10(directory):
+  """Writes CIFAR-10's six files; returns their records, each one label and three planes."""
+  directory.mkdir(parents=True, exist_ok=True)
+  rng = np.random.default_rng(0)
+  records = rng.integers(256, size=(6, CIFAR10_IMAGES_PER_FILE, 3073), dtype=np.uint8)
+  records[..., 0] %= 10
+  for file, batch in zip(published.PUBLISHED["cifar10"].files, records, strict=True):
+    (directory / file).write_bytes(batch.tobytes())
+  return records
+
+
+@pytest.fixture(autouse=True)
+def _small_cifar10(monkeypatch):
+  monkeypatch.setattr(published, "_CIFAR10_IMAGES_PER_FILE", CIFAR10_IMAGES_PER_FILE)
+
+
+@pytest.fixture(autouse=True)
+def _no_tfds(monkeypatch):
+  """Importing TFDS takes time, so that nothing here may do it: `None` makes the import fail."""
+  monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+
+
+def _set_url(monkeypatch, name, url):
+  monkeypatch.setenv("NO_PROXY", "*")
+  monkeypatch.setitem(published.PUBLISHED, name, published.PUBLISHED[name]._replace(urls=(url,)))
+
+
+@pytest.fixture
+def silent_host(monkeypatch):
+  """A host that accepts connections and never answers, in the place of the publishers'."""
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    for name in published.PUBLISHED:
+      _set_url(monkeypatch, name, f"http://127.0.0.1:{server.getsockname()[1]}/file.gz")
+    yield
+
+
+@pytest.mark.parametrize("folder", ["", "mnist", "MNIST/raw"])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_mnist_files_are_read_as_they_were_written(tmp_path, folder, suffix):
+  arrays = _write_mnist(tmp_path / folder, suffix=suffix)
+  mnist = data.load("mnist", tmp_path)
+  read = (
+    mnist.train_images[..., 0],
+    mnist.train_labels,
+    mnist.test_images[..., 0],
+    mnist.test_labels,
+  )
+  for got, expected in zip(read, arrays, strict=True):
+    np.testing.assert_array_equal(got, expected)
+  assert mnist.train_images.shape == (30, 28, 28, 1)
+  assert mnist.train_images.dtype == np.uint8 and mnist.train_labels.dtype == np.int32
+
+
+@pytest.mark.parametrize("folder", ["", "cifar10", "cifar-10-batches-bin"])
+def test_cifar10_files_are_read_as_they_were_written(tmp_path, folder):
+  records = _write_cifar10(tmp_path / folder)
+  cifar10 = data.load("cifar10", tmp_path)
+  assert cifar10.train_images.shape == (5 * CIFAR10_IMAGES_PER_FILE, 32, 32, 3)
+  assert cifar10.train_images.dtype == np.uint8 and cifar10.train_labels.dtype == np.int32
+  np.testing.assert_array_equal(cifar10.train_labels, records[:5, :, 0].ravel())
+  np.testing.assert_array_equal(cifar10.test_labels, records[5, :, 0])
+  # The third image of the second file, its pixel in row 4 and column 7: one byte a plane.
+  pixel = records[1, 2, [1 + 1024 * plane + 32 * 4 + 7 for plane in range(3)]]
+  np.testing.assert_array_equal(cifar10.train_images[CIFAR10_IMAGES_PER_FILE + 2, 4, 7], pixel)
+
+
+def test_the_environment_names_the_directory_and_an_argument_overrules_it(monkeypatch, tmp_path):
+  _write_mnist(tmp_path / "a", train=3)
+  _write_mnist(tmp_path / "b", train=4)
+  monkeypatch.setenv("SPARSEJAX_DATA", str(tmp_path / "a"))
+  assert len(data.load("mnist").train_labels) == 3
+  assert len(data.load("mnist", tmp_path / "b").train_labels) == 4
+
+
+def _replace(content, position, byte):
+  return content[:position] + bytes([byte]) + content[position + 1 :]
+
+
+@pytest.mark.parametrize(
+  "corrupt, problem",
+  [
+    (lambda raw, packed: packed[: len(packed) // 2], "end-of-stream"),
+    (lambda raw, packed: _replace(packed, -6, packed[-6] ^ 1), "CRC check failed"),
+    (lambda raw, packed: _replace(packed, 12, packed[12] ^ 255), "truncated or corrupt"),
+    (lambda raw, packed: raw, "Not a gzipped file"),
+    (lambda raw, packed: b"", "magic number"),
+    (lambda raw, packed: gzip.compress(_replace(raw, 3, 1)), "magic number '00000803'"),
+    (lambda raw, packed: gzip.compress(raw[:2]), "magic number"),
+    (lambda raw, packed: gzip.compress(raw[:6]), "truncated or corrupt"),
+    (lambda raw, packed: gzip.compress(raw[:-1]), "header promises 23536"),
+    (lambda raw, packed: gzip.compress(raw + b"\0"), "header promises 23536"),
+    (lambda raw, packed: gzip.compress(_replace(raw, 7, 29)), "header promises"),
+  ],
+  ids=[
+    "gzip truncated",
+    "gzip checksum",
+    "gzip damaged",
+    "not gzip",
+    "empty",
+    "wrong magic number",
+    "no magic number",
+    "no sizes",
+    "too short",
+    "too long",
+    "wrong count",
+  ],
+)
+def test_a_corrupt_idx_file_is_named(tmp_path, corrupt, problem):
+  _write_mnist(tmp_path)
+  path = tmp_path / "train-images-idx3-ubyte.gz"
+  packed = path.read_bytes()
+  path.write_bytes(corrupt(gzip.decompress(packed), packed))
+  with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{problem}"):
+    data.load("mnist", tmp_path)
+
+
+def test_images_of_another_size_are_not_taken_for_mnist(tmp_path):
+  _write_mnist(tmp_path, suffix="")
+  path = tmp_path / "train-images-idx3-ubyte"
+  content = path.read_bytes()
+  path.write_bytes(content[:8] + struct.pack(">II", 14, 56) + content[16:])
+  with pytest.raises(ValueError, match=rf"{re.escape(str(path))}.*\(14, 56, 1\)"):
+    data.load("mnist", tmp_path)
+
+
+def test_images_and_labels_of_different_counts_are_named(tmp_path):
+  _write_mnist(tmp_path, train=30)
+  _write_mnist(tmp_path / "other", train=31)
+  (tmp_path / "other" / "train-labels-idx1-ubyte.gz").rename(
+    tmp_path / "train-labels-idx1-ubyte.gz"
+  )
+  with pytest.raises(ValueError, match=r"train-images.*train-labels.*30 images but 31 labels"):
+    data.load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("change", [-1, +1, -3073, +3073])
+def test_a_cifar10_file_of_the_wrong_size_is_named(tmp_path, change):
+  _write_cifar10(tmp_path)
+  path = tmp_path / "data_batch_3.bin"
+  content = path.read_bytes()
+  path.write_bytes(content[:change] if change < 0 else content + bytes(change))
+  with pytest.raises(ValueError, match=rf"{re.escape(str(path))}.*{len(content) + change} bytes"):
+    data.load("cifar10", tmp_path)
+
+
+def test_a_label_out_of_range_is_named(tmp_path):
+  _write_mnist(tmp_path / "mnist", suffix="")
+  _write_cifar10(tmp_path / "cifar10")
+  for name, file, position in (
+    ("mnist", "t10k-labels-idx1-ubyte", 8 + 4),
+    ("cifar10", "test_batch.bin", 4 * 3073),
+  ):
+    path = tmp_path / name / file
+    path.write_bytes(_replace(path.read_bytes(), position, 10))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}.*label 10 of image 4 "):
+      data.load(name, tmp_path)
+
+
+@pytest.mark.parametrize("write, name", [(_write_mnist, "mnist"), (_write_cifar10, "cifar10")])
+def test_missing_files_are_named(tmp_path, write, name):
+  write(tmp_path)
+  missing = sorted(tmp_path.iterdir())[-2:]
+  for path in missing:
+    path.unlink()
+  with pytest.raises(data.DataNotFound, match="only in part") as error:
+    data.load(name, tmp_path)
+  for file in published.PUBLISHED[name].files:
+    assert (file in str(error.value)) == any(path.name.startswith(file) for path in missing)
+
+
+@pytest.mark.usefixtures("silent_host")
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_a_missing_data_set_is_reported_within_a_second_with_three_remedies(tmp_path, name):
+  start = time.perf_counter()
+  with pytest.raises(data.DataNotFound) as error:
+    data.load(name, tmp_path)
+  assert time.perf_counter() - start < 1
+  message = str(error.value)
+  assert str(tmp_path) in message
+  assert all(f"\n  {i}. " in message for i in (1, 2, 3))
+  assert "SPARSEJAX_DATA" in message and "TFDS_DATA_DIR" in message
+  assert f"python -m experiments.prepare {name} SOURCE TARGET" in message
+  assert published.PUBLISHED[name].urls[0] in message
+
+
+def test_a_slow_name_server_does_not_delay_the_report(monkeypatch, tmp_path):
+  def slow(*args, **kwargs):
+    time.sleep(1.5)
+    raise socket.gaierror("no such host")
+
+  monkeypatch.setattr(socket, "getaddrinfo", slow)
+  _set_url(monkeypatch, "mnist", "https://publisher.invalid/file.gz")
+  start = time.perf_counter()
+  with pytest.raises(data.DataNotFound, match="did not answer"):
+    data.load("mnist", tmp_path)
+  assert time.perf_counter() - start < 1
+
+
+@pytest.mark.usefixtures("silent_host")
+def test_without_an_argument_all_the_usual_places_are_named(monkeypatch, tmp_path):
+  monkeypatch.setenv("SPARSEJAX_DATA", str(tmp_path / "files"))
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "prepared"))
+  with pytest.raises(data.DataNotFound, match=rf"{tmp_path}/files or {tmp_path}/prepared"):
+    data.load("mnist")
+
+
+def test_a_data_set_that_only_tensorflow_reads_is_reported(tmp_path):
+  directory = tmp_path / "mnist" / "3.0.1"
+  directory.mkdir(parents=True)
+  (directory / "dataset_info.json").write_text('{"name": "mnist", "version": "3.0.1"}')
+  with pytest.raises(data.DataNotFound, match=rf"{directory} .*tfrecord.*tfds convert_format"):
+    data.load("mnist", tmp_path)
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
+  with pytest.raises(ValueError, match="'mnits': choose one of digits, mnist, cifar10"):
+    data.load("mnits")
+
+
+def test_the_digits_are_those_of_scikit_learn_with_a_fifth_of_each_class_held_out():
+  datasets = pytest.importorskip("sklearn.datasets")
+  digits = data.load("digits")
+  assert digits.train_images.shape[1:] == digits.test_images.shape[1:] == (8, 8, 1)
+  assert digits.train_images.dtype == np.uint8 and digits.train_labels.dtype == np.int32
+  # Every image once, whichever side of the split it is on.
+  original = datasets.load_digits()
+  images = np.concatenate([digits.train_images, digits.test_images]).reshape(-1, 64)
+  labels = np.concatenate([digits.train_labels, digits.test_labels])
+  grey_levels = np.round(images * (16 / 255)).astype(int)
+  assert sorted(map(tuple, np.c_[grey_levels, labels])) == sorted(
+    map(tuple, np.c_[original.data.astype(int), original.target])
+  )
+  assert images.min() == 0 and images.max() == 255
+  counts = np.bincount(labels)
+  np.testing.assert_array_equal(np.bincount(digits.test_labels), counts // 5)
+  np.testing.assert_allclose(digits.mean, (digits.train_images / 255).mean())
+  np.testing.assert_allclose(digits.std, (digits.train_images / 255).std())
+
+
+def test_the_digits_held_out_are_every_fifth_of_their_class():
+  datasets = pytest.importorskip("sklearn.datasets")
+  seen = collections.Counter()
+  held_out = []
+  for label in datasets.load_digits().target.tolist():
+    seen[label] += 1
+    if seen[label] % 5 == 0:
+      held_out.append(label)
+  assert data.load("digits").test_labels.tolist() == held_out

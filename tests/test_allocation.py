@@ -1,0 +1,179 @@
+"""Densities per layer against the original ER and ERK code and against their own definition."""
+
+import json
+import pathlib
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from sparsejax import allocation
+
+ORACLE = json.loads((pathlib.Path(__file__).parent / "oracles" / "erk.json").read_text())["archs"]
+CASES = [
+  pytest.param(name, float(density), id=f"{name}-{density}")
+  for name, architecture in ORACLE.items()
+  for density in architecture["by_density"]
+]
+KINDS = ["uniform", "er", "erk"]
+
+
+def shapes_of(name):
+  return [tuple(layer["shape_hwio"]) for layer in ORACLE[name]["layers"]]
+
+
+def sizes_of(shapes):
+  return np.array([np.prod(shape) for shape in shapes], np.float64)
+
+
+def expected(name, density):
+  return ORACLE[name]["by_density"][str(density)]
+
+
+def overall(densities, shapes):
+  sizes = sizes_of(shapes)
+  return float(np.sum(np.asarray(densities, np.float64) * sizes) / sizes.sum())
+
+
+traced = {
+  (name, kind): jax.jit(
+    lambda density, name=name, kind=kind: allocation.densities(shapes_of(name), density, kind)
+  )
+  for name in ORACLE
+  for kind in KINDS
+}
+
+
+@pytest.mark.parametrize(("name", "density"), CASES)
+def test_erk_is_that_of_granet(name, density):
+  result = allocation.densities(shapes_of(name), density, "erk")
+  assert isinstance(result, np.ndarray)
+  assert result.dtype == np.float64
+  np.testing.assert_allclose(result, expected(name, density)["erk_granet"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "density"), CASES)
+def test_traced_erk_is_that_of_granet_in_single_precision(name, density):
+  result = traced[name, "erk"](jnp.float32(density))
+  np.testing.assert_allclose(result, expected(name, density)["erk_granet"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "density"), CASES)
+def test_er_is_that_of_rigl_but_for_its_floored_counts(name, density):
+  result = allocation.densities(shapes_of(name), density, "er")
+  oracle = np.array(expected(name, density)["er_rigl"])
+  np.testing.assert_allclose(result, oracle, rtol=0, atol=1e-3)
+  np.testing.assert_array_equal(result == 1, oracle == 1)
+  exact = reference.er_densities(shapes_of(name), density, kernel=False)
+  np.testing.assert_allclose(result, exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "density"), CASES)
+def test_traced_er_is_that_of_the_definition_in_single_precision(name, density):
+  exact = reference.er_densities(shapes_of(name), float(np.float32(density)), kernel=False)
+  np.testing.assert_allclose(traced[name, "er"](jnp.float32(density)), exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.271, 1.0])
+def test_uniform_is_the_same_density_everywhere(density):
+  result = allocation.densities(shapes_of("lenet_5_caffe"), density, "uniform")
+  np.testing.assert_array_equal(result, np.full(4, density))
+  result = traced["lenet_5_caffe", "uniform"](jnp.float32(density))
+  np.testing.assert_array_equal(np.asarray(result), np.full(4, np.float32(density)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "density"), CASES)
+def test_the_densities_add_up_to_the_overall_one(name, density, kind):
+  shapes = shapes_of(name)
+  result = allocation.densities(shapes, density, kind)
+  assert np.all((result > 0) & (result <= 1))
+  np.testing.assert_allclose(overall(result, shapes), density, rtol=1e-12)
+  if kind == "erk":
+    np.testing.assert_allclose(
+      overall(result, shapes), expected(name, density)["overall_density_granet"], rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ORACLE)
+def test_everything_is_kept_at_density_one_and_nothing_at_zero(name, kind):
+  for density in (1.0, 0.0):
+    exact = np.full(len(shapes_of(name)), density)
+    np.testing.assert_array_equal(allocation.densities(shapes_of(name), density, kind), exact)
+    np.testing.assert_array_equal(np.asarray(traced[name, kind](jnp.float32(density))), exact)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("density", [0.5, 0.1, 0.02])
+def test_kernels_of_equal_shape_keep_the_same_density(kind, density):
+  shapes = shapes_of("resnet18_cifar10")
+  for result in (
+    allocation.densities(shapes, density, kind),
+    np.asarray(traced["resnet18_cifar10", kind](jnp.float32(density))),
+  ):
+    by_shape = {}
+    for shape, value in zip(shapes, result, strict=True):
+      by_shape.setdefault(shape, set()).add(float(value))
+    assert len(by_shape) < len(shapes)
+    assert all(len(values) == 1 for values in by_shape.values())
+
+
+def test_erk_does_not_depend_on_the_layout_but_er_reads_the_last_two_dimensions():
+  shapes = shapes_of("lenet_5_caffe")
+  turned = [shape[::-1] for shape in shapes]
+  erk = [allocation.densities(layout, 0.1, "erk") for layout in (shapes, turned)]
+  np.testing.assert_allclose(erk[0], erk[1], rtol=1e-12)
+  er = [allocation.densities(layout, 0.1, "er") for layout in (shapes, turned)]
+  assert np.max(np.abs(er[0] - er[1])) > 0.01
+
+
+KERNELS = st.sampled_from([(3, 3, 3, 16), (1, 1, 16, 32), (3, 3, 16, 16), (400, 300), (300, 10)])
+DENSITIES = st.floats(0, 1) | st.sampled_from([0.0, 1.0, 0.5, 1 - 1e-12, 1e-12])
+
+
+@pytest.mark.parametrize("kind", ["er", "erk"])
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(shapes=st.lists(KERNELS, min_size=1, max_size=6), density=DENSITIES)
+def test_any_network_and_density_follow_the_definition(kind, shapes, density):
+  result = allocation.densities(shapes, density, kind)
+  exact = reference.er_densities(shapes, density, kernel=kind == "erk")
+  np.testing.assert_allclose(result, exact, rtol=1e-9, atol=1e-12)
+  assert np.all((result >= 0) & (result <= 1))
+  np.testing.assert_allclose(overall(result, shapes), density, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["er", "erk"])
+@pytest.mark.parametrize("name", ["lenet_5_caffe", "resnet18_cifar10"])
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(density=st.floats(0, 1, width=32))
+def test_any_traced_density_follows_the_definition(kind, name, density):
+  shapes = shapes_of(name)
+  result = np.asarray(traced[name, kind](jnp.float32(density)))
+  assert np.all((result >= 0) & (result <= 1))
+  np.testing.assert_allclose(overall(result, shapes), density, rtol=1e-5, atol=1e-7)
+  exact = reference.er_densities(shapes, density, kernel=kind == "erk")
+  np.testing.assert_allclose(result, exact, rtol=1e-4, atol=1e-7)
+
+
+def test_a_sweep_of_densities_under_vmap_is_a_loop():
+  densities = jnp.asarray([0.5, 0.3, 0.1, 0.02, 1.0, 0.0], jnp.float32)
+  one = traced["vgg19_cifar10", "erk"]
+  looped = np.stack([one(density) for density in densities])
+  np.testing.assert_allclose(np.asarray(jax.vmap(one)(densities)), looped, rtol=1e-6)
+
+
+def test_no_layers_have_no_densities():
+  for kind in KINDS:
+    assert allocation.densities([], 0.5, kind).shape == (0,)
+
+
+@pytest.mark.parametrize("density", [0.5, jnp.float32(0.5)], ids=["static", "array"])
+def test_an_unknown_allocation_is_an_error_that_names_the_known_ones(density):
+  with pytest.raises(ValueError, match="layerwise") as error:
+    allocation.densities([(3, 4)], density, "layerwise")
+  assert all(name in str(error.value) for name in KINDS)

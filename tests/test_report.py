@@ -1,0 +1,70 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparsejax
+
+
+@pytest.fixture
+def params():
+  rng = np.random.default_rng(0)
+  return {
+    "conv": {"kernel": jnp.asarray(rng.normal(size=(3, 3, 2, 4)), jnp.float32)},
+    "dense": {"kernel": jnp.asarray(rng.normal(size=(8, 5)), jnp.float32), "bias": jnp.zeros(5)},
+  }
+
+
+def test_layers_and_totals_are_counted(params):
+  masks = sparsejax.masks_from_scores(jax.tree.map(jnp.abs, params), 0.75, allocation="uniform")
+  summary = sparsejax.summary(params, masks, positions={"conv/kernel": 100})
+  conv, dense = summary.layers
+  assert (conv.name, conv.shape) == ("conv/kernel", (3, 3, 2, 4))
+  assert (conv.parameters, conv.active, conv.sparsity) == (72, 18, 0.75)
+  assert (conv.dense_flops, conv.flops) == (2 * 72 * 100, 2 * 18 * 100)
+  assert (dense.dense_flops, dense.flops) == (80, 20)
+  assert (summary.pool.parameters, summary.pool.active, summary.pool.sparsity) == (112, 28, 0.75)
+  assert summary.pool.flops == 3620
+  assert (summary.others.parameters, summary.others.active) == (5, 5)
+  assert (summary.total.parameters, summary.total.active) == (117, 33)
+  assert summary.total.flops == 3620
+
+
+def test_flops_are_known_only_with_the_size_of_a_layers_output(params):
+  masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
+  summary = sparsejax.summary(params, masks)
+  assert [row.flops for row in summary.layers] == [None, 80]
+  assert summary.pool.flops is None
+  assert summary.total.flops is None
+  line = next(line for line in str(summary).splitlines() if line.startswith("conv"))
+  assert line.split()[-2:] == ["-", "-"]
+
+
+def test_the_table_is_aligned_and_has_a_line_for_each_layer(params):
+  masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
+  lines = str(sparsejax.summary(params, masks, positions={"conv/kernel": 1})).splitlines()
+  assert len({len(line) for line in lines if "others" not in line}) == 1
+  assert [line.split()[0] for line in lines if not line.startswith("-")] == [
+    "layer",
+    "conv/kernel",
+    "dense/kernel",
+    "prunable",
+    "others",
+    "total",
+  ]
+
+
+def test_a_summary_works_on_shapes_and_on_an_empty_tree(params):
+  masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
+  shapes = jax.eval_shape(lambda: params)
+  assert sparsejax.summary(shapes, masks) == sparsejax.summary(params, masks)
+  assert sparsejax.summary({}, {}).total.parameters == 0
+  assert "0.00%" in str(sparsejax.summary({}, {}))
+
+
+def test_positions_of_unknown_layers_and_masks_of_other_trees_are_errors(params):
+  masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
+  with pytest.raises(ValueError, match=r"positions are given for \['cnv/kernel'\]"):
+    sparsejax.summary(params, masks, positions={"cnv/kernel": 4})
+  with pytest.raises(ValueError, match="'dense/bias'"):
+    sparsejax.summary(params, {**masks, "dense": {"kernel": masks["dense"]["kernel"]}})
