@@ -7,12 +7,17 @@ from sparsejax.gradual import (
   gradual_pruning,
   one_shot_pruning,
   progressive_pruning,
-  static_args,
 )
 from sparsejax.masks import Overlap, apply_masks, is_kernel, overlap, sparsity
 from sparsejax.report import Summary, summary
 from sparsejax.selection import select_smallest
-from sparsejax.transform import Call, MaskedUpdatesState, get_masks, masked_updates
+from sparsejax.transform import (
+  Call,
+  MaskedUpdatesState,
+  get_masks,
+  masked_updates,
+  static_args,
+)
 
 __all__ = (
   "Call",

@@ -1,6 +1,5 @@
 """From dense to sparse during training: what is pruned stays pruned."""
 
-import inspect
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import counts, criteria, selection, transform
+from sparsejax import counts, criteria, rules, transform
 from sparsejax import masks as masks_lib
 from sparsejax.allocation import Allocation
 from sparsejax.criteria import Criterion
@@ -306,28 +305,8 @@ def fixed_masks(masks: PyTree) -> optax.GradientTransformationExtraArgs:
   return optax.GradientTransformationExtraArgs(init_fn, never.update)
 
 
-def static_args(transformation: Callable[..., Any]) -> tuple[str, ...]:
-  """The arguments that `optax.inject_hyperparams` has to leave alone: all but the sparsity.
-
-  Args:
-    transformation: a function that takes a `sparsity`, such as `sparsejax.progressive_pruning`.
-
-  Returns:
-    The names of its other arguments.
-
-  Example:
-    >>> import jax.numpy as jnp, optax, sparsejax
-    >>> pruning = sparsejax.one_shot_pruning
-    >>> tx = optax.inject_hyperparams(pruning, sparsejax.static_args(pruning))(0.5, at=10)
-    >>> state = tx.init({"kernel": jnp.ones((2, 2))})
-    >>> print(state.hyperparams["sparsity"])
-    0.5
-  """
-  return tuple(name for name in inspect.signature(transformation).parameters if name != "sparsity")
-
-
 def _prune_active(
-  count_pruned: Callable[..., Any],
+  count_pruned: rules.CountPruned,
   *,
   due: Callable[[jax.Array], jax.Array],
   sparsity: PyTree,
@@ -336,46 +315,11 @@ def _prune_active(
   prunable: Prunable,
   key: jax.Array | None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Prunes active weights of lowest score until as many are pruned as a function asks for.
-
-  Args:
-    count_pruned: takes the number of the call, the tree of prunable weights, and a function from a
-      sparsity to a number of weights; returns how many weights are to be pruned in all.
-    due: whether masks change at a call.
-    sparsity: the final sparsity, checked against the parameters by `init`.
-    allocation: see the transformations.
-    criterion: see the transformations.
-    prunable: see the transformations.
-    key: see the transformations.
-
-  Returns:
-    A transformation.
-  """
+  """The transformation whose rule is `rules.prune_active`; `init` checks a tree of sparsities."""
   allocation_lib.check(allocation)
   if criterion is criteria.random and key is None:
     raise ValueError("criteria.random needs a key, got key=None: pass key=jax.random.key(seed).")
-
-  def rule(call):
-    weights, treedef = jax.tree.flatten(call.params)
-    masks = jax.tree.leaves(call.masks)
-    shapes = [w.shape for w in weights]
-    goal = counts.from_ints(
-      count_pruned(
-        call.count,
-        call.params,
-        lambda s: allocation_lib.count_pruned(shapes, s, allocation),
-      )
-    )
-    pruned = jnp.stack([counts.count_true(~m)[0] for m in masks])
-    one_pool = goal.low.shape[0] == 1
-    k = goal - (counts.total(pruned) if one_pool else counts.widen(pruned))
-    if criterion is criteria.magnitude:
-      # The absolute value is exact, so that it need not be written to memory.
-      now = selection.select(weights, k, among=masks, score=jnp.abs)
-    else:
-      now = selection.select(criteria.scores(criterion, call), k, among=masks)
-    return jax.tree.unflatten(treedef, [m & ~p for m, p in zip(masks, now)])
-
+  rule = rules.prune_active(count_pruned, allocation, criterion)
   pruning = transform.masked_updates(rule, due=due, prunable=prunable, key=key)
 
   def init_fn(params):

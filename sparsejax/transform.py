@@ -1,5 +1,6 @@
 """The transformation itself: its state, when masks change, and updates that give exact zeros."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -192,6 +193,26 @@ def get_masks(opt_state: PyTree, params: PyTree) -> PyTree:
       f"the masks have {masks_lib.path_name(next(iter(found)))!r}, but the parameters have not."
     )
   return full
+
+
+def static_args(transformation: Callable[..., Any]) -> tuple[str, ...]:
+  """The arguments that `optax.inject_hyperparams` has to leave alone: all but the sparsity.
+
+  Args:
+    transformation: a function that takes a `sparsity`, such as `sparsejax.progressive_pruning`.
+
+  Returns:
+    The names of its other arguments.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, sparsejax
+    >>> pruning = sparsejax.one_shot_pruning
+    >>> tx = optax.inject_hyperparams(pruning, sparsejax.static_args(pruning))(0.5, at=10)
+    >>> state = tx.init({"kernel": jnp.ones((2, 2))})
+    >>> print(state.hyperparams["sparsity"])
+    0.5
+  """
+  return tuple(name for name in inspect.signature(transformation).parameters if name != "sparsity")
 
 
 def _where_masked(masks: PyTree, tree: PyTree, name: str) -> PyTree:

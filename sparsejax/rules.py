@@ -1,0 +1,54 @@
+"""Rules: how masks change when they are due."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax import allocation as allocation_lib
+from sparsejax import counts, criteria, selection
+from sparsejax.allocation import Allocation
+from sparsejax.criteria import Criterion
+from sparsejax.masks import PyTree
+from sparsejax.transform import Call
+
+# Takes the number of the call, the tree of prunable weights, and a function from a sparsity to a
+# number of weights; returns how many weights are to be pruned in all.
+CountPruned = Callable[[jax.Array, PyTree, Callable[[Any], Any]], Any]
+
+
+def prune_active(
+  count_pruned: CountPruned, allocation: Allocation, criterion: Criterion
+) -> Callable[[Call], PyTree]:
+  """Prunes the active weights of lowest score until as many are pruned as are asked for.
+
+  Args:
+    count_pruned: how many that is.
+    allocation: how a sparsity is shared out among layers; see `sparsejax.allocation`.
+    criterion: the score of each weight.
+
+  Returns:
+    A rule for `sparsejax.masked_updates`. It never revives a weight.
+  """
+
+  def rule(call):
+    weights, treedef = jax.tree.flatten(call.params)
+    masks = jax.tree.leaves(call.masks)
+    shapes = [w.shape for w in weights]
+    goal = counts.from_ints(
+      count_pruned(
+        call.count, call.params, lambda s: allocation_lib.count_pruned(shapes, s, allocation)
+      )
+    )
+    pruned = jnp.stack([counts.count_true(~m)[0] for m in masks])
+    one_pool = goal.low.shape[0] == 1
+    k = goal - (counts.total(pruned) if one_pool else counts.widen(pruned))
+    if criterion is criteria.magnitude:
+      # The absolute value is exact, so that it need not be written to memory.
+      now = selection.select(weights, k, among=masks, score=jnp.abs)
+    else:
+      now = selection.select(criteria.scores(criterion, call), k, among=masks)
+    return jax.tree.unflatten(treedef, [m & ~p for m, p in zip(masks, now)])
+
+  return rule
