@@ -190,18 +190,21 @@ def for_leaves(sparsity: Sparsity, pool: PyTree) -> Density | list[Density]:
     masks_lib.path_name(path): value
     for path, value in jax.tree_util.tree_leaves_with_path(sparsity)
   }
-  found = []
-  for path, _ in jax.tree_util.tree_leaves_with_path(pool):
+  found, others = [], set()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(pool, is_leaf=masks_lib.is_masked_node):
     name = masks_lib.path_name(path)
+    if masks_lib.is_masked_node(leaf):
+      others.add(name)
+      continue
     if name not in given:
       raise ValueError(
         f"the tree of sparsities has none for {name!r}, which is prunable: it has {sorted(given)}."
       )
     found.append(given.pop(name))
   for name, value in given.items():
-    if not (isinstance(value, float) and value == 0):
+    if name not in others or not (isinstance(value, float) and value == 0):
       raise ValueError(
-        f"the tree of sparsities asks for {value!r} in {name!r}, which is not prunable: use None."
+        f"the tree of sparsities asks for {value!r} in {name!r}, which is not a prunable leaf."
       )
   return found
 
@@ -265,7 +268,8 @@ def _in_proportion(weights: Sequence[float], shapes: Shapes, density: Density):
     scale = (density * dense[-1] - dense) / np.where(weighted > 0, weighted, 1.0)
   fits = (scale * largest <= 1) | (np.arange(len(dense)) == len(weights))
   first = xp.argmax(fits)
-  return xp.where(rank < first, 1.0, scale[first] * weights)
+  # At density 1 rounding may leave the last layers an ulp below it.
+  return xp.where((rank < first) | (density >= 1), 1.0, scale[first] * weights)
 
 
 def _numpy_for(density: Density):

@@ -88,6 +88,9 @@ def progressive_pruning(
   _check_integer("begin", begin, at_least=0)
   (initial,) = allocation_lib.check_sparsity("initial", [initial])
   sparsity = allocation_lib.check_sparsity("sparsity", sparsity)
+  for final in jax.tree.leaves(sparsity):
+    if isinstance(final, float) and isinstance(initial, float) and initial > final:
+      raise ValueError(f"initial must not exceed the final sparsity, got {initial} and {final}.")
   ramped = [min(c + every, steps) for c in range(0, steps, every)]
 
   def due(count):
@@ -298,9 +301,9 @@ def fixed_masks(masks: PyTree) -> optax.GradientTransformationExtraArgs:
     state = never.init(params)
     if not jax.tree.leaves(params):
       return state
-    masks_lib.check_same_structure(masks, params, "the masks", "the parameters")
-    # Copies, so that the state can be donated.
-    return state._replace(masks=jax.tree.map(lambda p, m: jnp.array(m), params, masks))
+    picked = masks_lib.pick(params, masks, "the parameters", "the masks")
+    # Copies, so that the state can be donated, and sharded like the parameters.
+    return state._replace(masks=jax.tree.map(jnp.logical_and, state.masks, picked))
 
   return optax.GradientTransformationExtraArgs(init_fn, never.update)
 

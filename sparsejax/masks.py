@@ -133,6 +133,42 @@ def select_prunable(tree: PyTree, prunable: Prunable) -> PyTree:
   )
 
 
+def pick(template: PyTree, tree: PyTree, name_template: str, name_tree: str) -> PyTree:
+  """The tree with `optax.MaskedNode()` where a template has it.
+
+  Args:
+    template: a tree of arrays and `optax.MaskedNode()`.
+    tree: a tree with its structure and shapes, but for the places of those nodes.
+    name_template: what to call the template in an error.
+    name_tree: what to call the tree in an error.
+
+  Returns:
+    A tree with the structure of the template.
+
+  Raises:
+    ValueError: if the rest of the tree differs from that of the template; it says where.
+  """
+  try:
+    picked = jax.tree.map(
+      lambda t, x: t if is_masked_node(t) else x, template, tree, is_leaf=is_masked_node
+    )
+  except ValueError as error:
+    flat = jax.tree_util.tree_leaves_with_path(template, is_leaf=is_masked_node)
+    ignored = [path for path, t in flat if is_masked_node(t)]
+    rest = {
+      path_name(path): x
+      for path, x in jax.tree_util.tree_leaves_with_path(tree)
+      if not any(path[: len(other)] == other for other in ignored)
+    }
+    expected = {path_name(path): t for path, t in flat if not is_masked_node(t)}
+    _check_same_shapes(expected, rest, name_template, name_tree)
+    raise ValueError(
+      f"{name_template} and {name_tree} have different structures: {error}"
+    ) from error
+  check_same_structure(template, picked, name_template, name_tree)
+  return picked
+
+
 def is_masked_node(x: Any) -> bool:
   return isinstance(x, optax.MaskedNode)
 
@@ -154,10 +190,10 @@ def check_same_structure(a: PyTree, b: PyTree, name_a: str, name_b: str) -> None
   a, b = (
     {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (a, b)
   )
-  check_same_shapes(a, b, name_a, name_b)
+  _check_same_shapes(a, b, name_a, name_b)
 
 
-def check_same_shapes(a: dict[str, Any], b: dict[str, Any], name_a: str, name_b: str) -> None:
+def _check_same_shapes(a: dict[str, Any], b: dict[str, Any], name_a: str, name_b: str) -> None:
   """The same for two sets of leaves by name."""
   for path in a | b:
     if path not in b:

@@ -6,6 +6,7 @@ counts and writes nothing. If equal scores straddle the bound, a second search o
 their positions cuts the tie.
 """
 
+import functools
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -103,12 +104,17 @@ def _count_of(k: Any, treedef) -> Count:
   return jax.tree.map(lambda *words: jnp.stack(words), *parts)
 
 
+def _identity(x: jax.Array) -> jax.Array:
+  return x
+
+
+@functools.partial(jax.jit, static_argnames="score")
 def select(
   values: Sequence[jax.Array],
   k: Count,
   *,
   among: Sequence[jax.Array] | None = None,
-  score: Callable[[jax.Array], jax.Array] = lambda x: x,
+  score: Callable[[jax.Array], jax.Array] = _identity,
 ) -> list[jax.Array]:
   """`select_smallest` for a list of arrays, as the transformations use it.
 

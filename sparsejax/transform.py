@@ -117,8 +117,10 @@ def masked_updates(
         "pruning needs the weights: call update(updates, state, params) with the parameters as"
         " third argument."
       )
-    weights = _where_masked(state.masks, params, "the parameters")
-    grad = None if grad is None else _where_masked(state.masks, grad, "the gradients")
+    weights = masks_lib.pick(state.masks, params, "the masks", "the parameters")
+    masks_lib.pick(state.masks, updates, "the masks", "the updates")
+    if grad is not None:
+      grad = masks_lib.pick(state.masks, grad, "the masks", "the gradients")
     is_due = jnp.asarray(due(state.count), bool)
 
     def changed(masks, weights):
@@ -215,27 +217,6 @@ def static_args(transformation: Callable[..., Any]) -> tuple[str, ...]:
   return tuple(name for name in inspect.signature(transformation).parameters if name != "sparsity")
 
 
-def _where_masked(masks: PyTree, tree: PyTree, name: str) -> PyTree:
-  """The tree with `optax.MaskedNode()` where the masks have it; checks that the rest fits."""
-  try:
-    picked = jax.tree.map(
-      lambda m, x: m if is_masked_node(m) else x, masks, tree, is_leaf=is_masked_node
-    )
-  except ValueError as error:
-    flat = jax.tree_util.tree_leaves_with_path(masks, is_leaf=is_masked_node)
-    ignored = [path for path, m in flat if is_masked_node(m)]
-    compared = {
-      masks_lib.path_name(path): x
-      for path, x in jax.tree_util.tree_leaves_with_path(tree)
-      if not any(path[: len(other)] == other for other in ignored)
-    }
-    given = {masks_lib.path_name(path): m for path, m in flat if not is_masked_node(m)}
-    masks_lib.check_same_shapes(given, compared, "the masks", name)
-    raise ValueError(f"the masks and {name} have different structures: {error}") from error
-  masks_lib.check_same_structure(masks, picked, "the masks", name)
-  return picked
-
-
 def _check_prunable(params: PyTree, masks: PyTree) -> None:
   names = [masks_lib.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   if names and not jax.tree.leaves(masks):
@@ -243,7 +224,7 @@ def _check_prunable(params: PyTree, masks: PyTree) -> None:
       f"there is nothing to prune: `prunable` is False for each of {', '.join(names[:5])}"
       f"{', ...' if len(names) > 5 else ''}."
     )
-  pool = _where_masked(masks, params, "the parameters")
+  pool = masks_lib.pick(masks, params, "the masks", "the parameters")
   for path, p in jax.tree_util.tree_leaves_with_path(pool):
     name = masks_lib.path_name(path)
     if not jnp.issubdtype(p.dtype, jnp.floating):

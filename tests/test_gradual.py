@@ -92,6 +92,7 @@ RAMPS = {
   "on the grid": dict(sparsity=0.729, steps=12, every=3),
   "at every call": dict(sparsity=0.9, steps=7, every=1),
   "off the grid": dict(sparsity=0.8, steps=10, every=4),
+  "after begin": dict(sparsity=0.7, steps=9, every=3, begin=4),
   "off the grid after begin": dict(sparsity=0.61, steps=8, every=5, begin=3),
   "from an initial sparsity": dict(sparsity=0.98, steps=12, every=2, begin=1, initial=0.5),
   "with an interval longer than the ramp": dict(sparsity=0.37, steps=3, every=50, begin=2),
