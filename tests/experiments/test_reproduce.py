@@ -54,7 +54,7 @@ def test_runs_with_a_result_are_not_trained_again(folder, monkeypatch):
   options = reproduce.Options("lenet-mnist", results=folder, seeds=(42, 789))
   reproduce.reproduce(options)
   assert ("lenet300-mnist-78.9", 42) not in trained
-  assert len(trained) == 2 * len(reproduce.TABLES["lenet-mnist"]) - 1
+  assert len(trained) == 2 * len(reproduce.TABLES["lenet-mnist"].recipes) - 1
   trained.clear()
   reproduce.reproduce(options)
   assert not trained
