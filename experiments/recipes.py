@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import tyro
 from flax import linen as nn
@@ -15,10 +16,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {"lenet300": lenet.LeNet300}
 class Recipe:
   """All that decides the outcome of a run, but the seed."""
 
-  data: str
-  """Data set: digits, mnist or cifar10."""
-  model: str
-  """Network, by its name in MODELS."""
+  data: Literal["digits", "mnist", "cifar10"]
+  """Data set."""
+  model: Literal[tuple(MODELS)]
+  """Network."""
   epochs: int
   """Length of the training."""
   learning_rate: float
@@ -41,6 +42,24 @@ class Recipe:
   """The fraction of the training images that are held out for validation."""
   published: tyro.conf.Suppress[float | None] = None
   """Published test accuracy in per cent, of the last epoch."""
+
+  def __post_init__(self):
+    ramp = not self.sparsity or 1 <= self.prune_epochs <= self.epochs
+    requirements = {
+      "epochs": (self.epochs >= 1, "at least 1"),
+      "learning_rate": (self.learning_rate >= 0, "at least 0"),
+      "sparsity": (0 <= self.sparsity < 1, "in [0, 1)"),
+      "prune_epochs": (ramp, f"from 1 to the number of epochs, {self.epochs}"),
+      "rotation": (self.rotation >= 0, "at least 0"),
+      "translation": (0 <= self.translation <= 1, "in [0, 1]"),
+      "batch_size": (self.batch_size >= 1, "at least 1"),
+      "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
+      "weight_decay": (self.weight_decay >= 0, "at least 0"),
+      "validation": (0 < self.validation < 1, "in (0, 1)"),
+    }
+    for name, (holds, text) in requirements.items():
+      if not holds:
+        raise ValueError(f"{name}={getattr(self, name)} must be {text}")
 
 
 RECIPES = {

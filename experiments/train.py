@@ -49,6 +49,13 @@ class Run:
   checkpoint_every: int = 10
   """Epochs from one checkpoint to the next; there is always one at the end."""
 
+  def __post_init__(self):
+    if self.seed < 0 or self.checkpoint_every < 1:
+      raise ValueError(
+        f"seed={self.seed} must not be negative and checkpoint_every={self.checkpoint_every} must"
+        " be at least 1."
+      )
+
   @property
   def folder(self) -> pathlib.Path:
     return self.out or pathlib.Path("runs") / self.name / f"seed{self.seed}"
@@ -231,13 +238,13 @@ def main(args: list[str] | None = None) -> None:
     close = difflib.get_close_matches(args[0], RECIPES, n=1, cutoff=0.3)
     hint = f" Did you mean {close[0]}?" if close else ""
     sys.exit(f"Unknown recipe {args[0]}.{hint} There are:\n  " + "\n  ".join(RECIPES))
-  run = tyro.extras.overridable_config_cli(
-    {name: ("", Run(recipe, name)) for name, recipe in RECIPES.items()},
-    prog="python -m experiments.train",
-    args=args,
-    config=(tyro.conf.OmitArgPrefixes,),
-  )
   try:
+    run = tyro.extras.overridable_config_cli(
+      {name: ("", Run(recipe, name)) for name, recipe in RECIPES.items()},
+      prog="python -m experiments.train",
+      args=args,
+      config=(tyro.conf.OmitArgPrefixes,),
+    )
     train(run)
   except (data.DataNotFound, ValueError) as error:
     sys.exit(f"error: {error}")

@@ -82,7 +82,7 @@ def test_a_killed_run_resumes_with_bit_identical_results(tmp_path):
 def test_a_folder_with_another_run_is_left_alone(tmp_path, monkeypatch):
   monkeypatch.setattr(data, "load", tiny_mnist)
   name = "lenet300-digits"
-  run = train.Run(dataclasses.replace(RECIPES[name], epochs=1), name, out=tmp_path)
+  run = train.Run(dataclasses.replace(RECIPES[name], epochs=1, prune_epochs=1), name, out=tmp_path)
   train.train(run)
   with pytest.raises(ValueError, match="another seed"):
     train.train(dataclasses.replace(run, seed=7))
@@ -91,7 +91,7 @@ def test_a_folder_with_another_run_is_left_alone(tmp_path, monkeypatch):
 def test_a_run_that_collapses_says_so(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(data, "load", tiny_mnist)
   name = "lenet300-digits"
-  recipe = dataclasses.replace(RECIPES[name], epochs=3, learning_rate=1e9)
+  recipe = dataclasses.replace(RECIPES[name], epochs=3, prune_epochs=3, learning_rate=1e9)
   result = train.train(train.Run(recipe, name, out=tmp_path))
   assert result["collapsed_in_epoch"] == 0
   printed = capsys.readouterr().out
@@ -113,6 +113,12 @@ def test_an_epoch_that_was_survived_is_no_collapse():
     (["lenet300-digit"], "Did you mean lenet300-digits?"),
     (["lenet300-digits", "--sede", "3"], "--seed"),
     (["lenet300-mnist-98", "--epochs", "many"], "--epochs"),
+    (["lenet300-digits", "--epochs", "0"], "epochs=0"),
+    (["lenet300-digits", "--sparsity", "1.5"], "sparsity=1.5"),
+    (["lenet300-digits", "--epochs", "100"], "prune_epochs=120"),
+    (["lenet300-digits", "--seed", "-1"], "seed=-1"),
+    (["lenet300-digits", "--checkpoint-every", "0"], "checkpoint_every=0"),
+    (["lenet300-digits", "--model", "lenet"], "lenet300"),
   ],
 )
 def test_an_unknown_recipe_or_option_fails_with_a_suggestion(arguments, said, capsys):
