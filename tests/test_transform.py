@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,11 +99,7 @@ def test_an_equal_criterion_prunes_what_magnitude_prunes(params):
     tx = sparsejax.one_shot_pruning(0.6, at=0, criterion=criterion)
     return tx.update(params, tx.init(params), params)[1].masks
 
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    masks(criteria.magnitude),
-    masks(lambda leaf: jnp.abs(leaf.weight)),
-  )
+  chex.assert_trees_all_equal(masks(criteria.magnitude), masks(lambda leaf: jnp.abs(leaf.weight)))
 
 
 def test_training_can_be_differentiated_through(params):

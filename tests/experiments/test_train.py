@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-import jax
+import chex
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -72,7 +72,7 @@ def test_a_killed_run_resumes_with_bit_identical_results(tmp_path):
 
   resumed, whole = (final_state(folder) for folder in (killed, tmp_path / "whole"))
   assert int(whole["step"]) == 200 * 11
-  jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+  chex.assert_trees_all_equal(resumed, whole)
   lines = [read_metrics(folder) for folder in (killed, tmp_path / "whole")]
   for line in lines[0] + lines[1]:
     del line["seconds"]
