@@ -44,6 +44,10 @@ class Options:
   rounds: int = 7
   """How often each variant is timed."""
 
+  def __post_init__(self):
+    if not 0 <= self.sparsity < 1 or self.rounds < 1:
+      raise ValueError(f"sparsity={self.sparsity} must be in [0, 1), rounds={self.rounds} positive")
+
 
 def lenet300() -> list[tuple[int, ...]]:
   """Shapes of the parameters of LeNet-300-100 on MNIST."""

@@ -28,18 +28,16 @@ def plot_run(
     left.plot(epochs, [100 * line[name] for line in metrics], color=color, label=label)
   left.plot([], [], "k--", label="sparsity")
   left.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 101))
+  left.xaxis.get_major_locator().set_params(integer=True)
   left.legend(loc="lower right")
   twin = left.twinx()
   twin.plot(epochs, [100 * line["sparsity"] for line in metrics], "k--")
   twin.set(ylabel="sparsity (%)", ylim=(0, 101))
 
   names = [row.name for row in layers.layers]
-  bars = right.barh(names, [100 * row.sparsity for row in layers.layers], color="C2")
-  right.bar_label(
-    bars,
-    [f"{row.active:,} of {row.parameters:,} active" for row in layers.layers],
-    label_type="center",
-  )
+  right.barh(names, [100 * row.sparsity for row in layers.layers], color="C2", alpha=0.6)
+  for i, row in enumerate(layers.layers):
+    right.text(1, i, f"{row.active:,} of {row.parameters:,} active", verticalalignment="center")
   right.set(xlabel="sparsity (%)", xlim=(0, 100))
   right.invert_yaxis()
   figure.savefig(path, dpi=100)
@@ -59,16 +57,15 @@ def plot_table(
     results: by recipe and seed, the contents of `result.json`.
   """
   figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-  alive, collapsed = [], 0
+  collapsed = 0
   for i, runs in enumerate(results.values()):
+    for published in {run["config"]["published"] for run in runs.values()} - {None}:
+      axes.plot(published, i, "D", color="C1")
     for run in runs.values():
       if run["collapsed_in_epoch"] is not None:
         collapsed += 1
         continue
-      alive.append(run["test_accuracy"])
       axes.plot(run["test_accuracy"], i, "o", color="C0", alpha=0.6)
-      if run["config"]["published"] is not None:
-        axes.plot(run["config"]["published"], i, "D", color="C1")
   axes.plot([], [], "o", color="C0", label=f"one seed ({collapsed} collapsed, not shown)")
   axes.plot([], [], "D", color="C1", label="published")
   axes.set_yticks(range(len(results)), list(results))

@@ -52,7 +52,7 @@ def write(dataset: published.Dataset, target: pathlib.Path) -> pathlib.Path:
   Images keep their order. The data set appears under its name when it is complete, or not at all.
 
   Args:
-    dataset: "mnist" or "cifar10".
+    dataset: MNIST or CIFAR-10.
     target: the directory for TFDS data sets, made if absent.
 
   Returns:

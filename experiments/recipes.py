@@ -1,4 +1,4 @@
-"""Every published run as a frozen dataclass; the comment above each is its claim."""
+"""Published runs, and variants of them, as frozen dataclasses; the comment above is the claim."""
 
 import dataclasses
 from collections.abc import Callable
@@ -77,7 +77,7 @@ RECIPES = {
   ),
   # arXiv 2606.12278, LeNet-300-100 on MNIST at 78.9 %: 98.88 (one run, seed 42, 1,850 s). With
   # Kaiming's fan_out the last layer starts with a standard deviation of 0.45, and at this learning
-  # rate some seeds do not survive the first epoch.
+  # rate training is at the edge of stability: networks can die in the first epochs.
   #   python -m experiments.train lenet300-mnist-78.9 --data-dir DIR
   "lenet300-mnist-78.9": Recipe(
     data="mnist",
@@ -92,7 +92,7 @@ RECIPES = {
   ),
 }
 
-# Half the published learning rate, at which no seed dies. Not a published run.
+# Half the published learning rate, away from the edge of stability. Not a published run.
 #   python -m experiments.train lenet300-mnist-78.9-lr0.05 --data-dir DIR
 RECIPES["lenet300-mnist-78.9-lr0.05"] = dataclasses.replace(
   RECIPES["lenet300-mnist-78.9"], learning_rate=0.05, published=None

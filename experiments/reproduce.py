@@ -1,4 +1,4 @@
-"""Reproduces a table of the literature: trains all its runs, then writes the table and a figure.
+"""Reproduces a table: trains all its runs, then writes the table and a figure.
 
     python -m experiments.reproduce lenet-mnist --data-dir DIR
 
@@ -10,7 +10,7 @@ import dataclasses
 import json
 import pathlib
 import statistics
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -47,19 +47,17 @@ TABLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Reproduces a table of the literature."""
+  """Trains all runs of a table, then writes the table and a figure."""
 
   table: tyro.conf.Positional[Literal[tuple(TABLES)]]
   """Which one."""
   data_dir: pathlib.Path | None = None
   """Directory of the data set; see the README."""
-  seeds: tuple[int, ...] = ()
-  """Other seeds than those of the table."""
   results: pathlib.Path = RESULTS
   """Where results go, into a folder for each table."""
   runs: pathlib.Path = pathlib.Path("runs")
   """Where runs go, with their checkpoints."""
-  train: Annotated[bool, tyro.conf.arg(name="train")] = True
+  train: bool = True
   """Whether to train the runs that have no result yet."""
 
 
@@ -70,25 +68,24 @@ def reproduce(options: Options) -> str:
     The table in Markdown.
   """
   folder = options.results / options.table
-  folder.mkdir(parents=True, exist_ok=True)
   table = TABLES[options.table]
-  seeds = options.seeds or table.seeds
   results = {}
   for name in table.recipes:
     results[name] = {}
-    for seed in seeds:
+    for seed in table.seeds:
       path = folder / f"{name}-seed{seed}.json"
       if not path.exists() and options.train:
         out = options.runs / name / f"seed{seed}"
         result = train_lib.train(
           train_lib.Run(RECIPES[name], name, seed, data_dir=options.data_dir, out=out)
         )
+        folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n")
       if path.exists():
         results[name][seed] = json.loads(path.read_text())
-  text = make_table(results, seeds)
-  (folder / "table.md").write_text(text)
+  text = make_table(results, table.seeds)
   if any(results.values()):
+    (folder / "table.md").write_text(text)
     plots.plot_table(folder / "figure.png", options.table, results)
   return text
 
@@ -133,7 +130,9 @@ def _mean(values: list[float]) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-  print(reproduce(tyro.cli(Options, prog="python -m experiments.reproduce", args=args)))
+  options = tyro.cli(Options, prog="python -m experiments.reproduce", args=args)
+  with train_lib.errors_as_messages():
+    print(reproduce(options))
 
 
 if __name__ == "__main__":

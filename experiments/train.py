@@ -7,6 +7,7 @@ Writes to the run's folder: `metrics.jsonl`, a line per epoch; checkpoints; and 
 checkpoint, with bit-identical results on the same machine.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.metadata
@@ -18,7 +19,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -70,15 +71,20 @@ def train(run: Run) -> dict[str, Any]:
   Raises:
     ValueError: if the folder holds a run with other settings.
   """
+  config = {"recipe": run.name, "seed": run.seed, **dataclasses.asdict(run.recipe)}
+  _check_folder(run.folder, config)
+  if (run.folder / "result.json").exists():
+    result = json.loads((run.folder / "result.json").read_text())
+    print(f"This run is finished.\n{_verdict(run, result)}")
+    return result
   dataset = data.load(run.recipe.data, run.data_dir)
   trainer = training.make_trainer(run.recipe, dataset, run.seed)
-  config = {"recipe": run.name, "seed": run.seed, **dataclasses.asdict(run.recipe)}
-  _claim_folder(run.folder, config)
-
   started = time.perf_counter()
   state = trainer.init()
   epoch_fn = trainer.epoch.lower(state, trainer.train).compile()
   compile_seconds = time.perf_counter() - started
+  run.folder.mkdir(parents=True, exist_ok=True)
+  _write(run.folder / "config.json", json.dumps(config, indent=2) + "\n")
   state, metrics = _train_epochs(run, trainer, epoch_fn, state)
 
   summary = sparsejax.summary(state.params, training.get_masks(run.recipe, state))
@@ -128,7 +134,9 @@ def _train_epochs(
         started = time.perf_counter()
         state, trained = jax.block_until_ready(epoch_fn(state, trainer.train))
         seconds = time.perf_counter() - started
-        line = _describe(epoch, trained, trainer.validate(state.params, trainer.held_out), seconds)
+        line = _describe_epoch(
+          epoch, trained, trainer.validate(state.params, trainer.held_out), seconds
+        )
         if line["collapsed"] != bool(metrics and metrics[-1]["collapsed"]):
           news = "collapsed: its output is the same for every image"
           news = news if line["collapsed"] else "recovered"
@@ -146,7 +154,7 @@ def _train_epochs(
   return state, metrics
 
 
-def _describe(
+def _describe_epoch(
   epoch: int, trained: training.EpochMetrics, validation: training.Evaluation, seconds: float
 ) -> dict[str, Any]:
   """The line of an epoch in `metrics.jsonl`."""
@@ -163,19 +171,17 @@ def _describe(
   }
 
 
-def _claim_folder(folder: pathlib.Path, config: dict[str, Any]) -> None:
-  """Makes the folder, or checks that it holds this very run."""
+def _check_folder(folder: pathlib.Path, config: dict[str, Any]) -> None:
+  """Raises a ValueError if the folder holds another run."""
   path = folder / "config.json"
-  if path.exists():
-    before = json.loads(path.read_text())
-    changed = [key for key in config | before if config.get(key) != before.get(key)]
-    if changed:
-      raise ValueError(
-        f"{folder} holds a run with another {', '.join(changed)}: choose another folder with --out,"
-        " or remove it."
-      )
-  folder.mkdir(parents=True, exist_ok=True)
-  _write(path, json.dumps(config, indent=2) + "\n")
+  before = json.loads(path.read_text()) if path.exists() else config
+  changed = [
+    f"{key}={before.get(key)}" for key in config | before if config.get(key) != before.get(key)
+  ]
+  if changed:
+    raise ValueError(
+      f"{folder} holds a run with {', '.join(changed)}: choose another folder, or remove this one."
+    )
 
 
 def _read_metrics(folder: pathlib.Path, epochs: int) -> list[dict[str, Any]]:
@@ -230,6 +236,17 @@ def _verdict(run: Run, result: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
+@contextlib.contextmanager
+def errors_as_messages() -> Iterator[None]:
+  """Ends a command with a message where the user can mend what is wrong."""
+  try:
+    yield
+  except (data.DataNotFound, ValueError) as error:
+    sys.exit(f"error: {error}")
+  except KeyboardInterrupt:
+    sys.exit("interrupted: the same command resumes at the last checkpoint")
+
+
 def main(args: list[str] | None = None) -> None:
   args = sys.argv[1:] if args is None else args
   if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
@@ -238,16 +255,21 @@ def main(args: list[str] | None = None) -> None:
     close = difflib.get_close_matches(args[0], RECIPES, n=1, cutoff=0.3)
     hint = f" Did you mean {close[0]}?" if close else ""
     sys.exit(f"Unknown recipe {args[0]}.{hint} There are:\n  " + "\n  ".join(RECIPES))
-  try:
+  with errors_as_messages():
     run = tyro.extras.overridable_config_cli(
-      {name: ("", Run(recipe, name)) for name, recipe in RECIPES.items()},
+      {name: (_describe_recipe(recipe), Run(recipe, name)) for name, recipe in RECIPES.items()},
       prog="python -m experiments.train",
+      description="Trains one run of a recipe. RECIPE --help shows its options. Without a recipe:"
+      f" {DEFAULT_RECIPE}.",
       args=args,
       config=(tyro.conf.OmitArgPrefixes,),
     )
     train(run)
-  except (data.DataNotFound, ValueError) as error:
-    sys.exit(f"error: {error}")
+
+
+def _describe_recipe(recipe: Recipe) -> str:
+  pruned = f"{recipe.sparsity:.1%} pruned" if recipe.sparsity else "dense"
+  return f"{recipe.model} on {recipe.data}, {recipe.epochs} epochs, {pruned}"
 
 
 if __name__ == "__main__":

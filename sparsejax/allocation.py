@@ -88,7 +88,7 @@ def check(allocation: Allocation) -> Callable[[Shapes, Density], Any] | None:
   """Resolves a name; None stands for one global threshold."""
   if callable(allocation):
     return allocation
-  if allocation not in _BY_NAME:
+  if not isinstance(allocation, str) or allocation not in _BY_NAME:
     close = difflib.get_close_matches(str(allocation), _BY_NAME, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ValueError(

@@ -150,7 +150,9 @@ def gradual_pruning(
       prunes nothing, above 1 everything.
     every: calls from one change of the masks to the next.
     begin: the call at which the masks change first.
-    end: the call at which they change last. Without it they go on changing.
+    end: the call at which they change last. Without it they go on changing. A schedule that is to
+      be followed to its last value needs a change at or after that: with n calls, the last one is
+      number n - 1.
     allocation: how the overall sparsity is shared out among layers: "global", "uniform", "er",
       "erk", or a function; see `sparsejax.allocation`.
     criterion: the score of each weight, a function of a `sparsejax.criteria.Leaf`; lowest pruned.
@@ -301,9 +303,18 @@ def fixed_masks(masks: PyTree) -> optax.GradientTransformationExtraArgs:
     state = never.init(params)
     if not jax.tree.leaves(params):
       return state
-    picked = masks_lib.pick(params, masks, "the parameters", "the masks")
+    # By name, so that masks may be restored as a plain dictionary, and with a group's masks only
+    # where the parameters are those of a group.
+    given = masks_lib.leaves_by_name(masks)
+    weights, other_groups = masks_lib.leaves_and_masked_nodes(params)
+    own = {name: m for name, m in given.items() if not masks_lib.lies_in(name, other_groups)}
+    masks_lib.check_same_shapes(own, weights, "the masks", "the parameters")
     # Copies, so that the state can be donated, and sharded like the parameters.
-    return state._replace(masks=jax.tree.map(jnp.logical_and, state.masks, picked))
+    return state._replace(
+      masks=jax.tree_util.tree_map_with_path(
+        lambda path, m: m & given[masks_lib.path_name(path)], state.masks
+      )
+    )
 
   return optax.GradientTransformationExtraArgs(init_fn, never.update)
 

@@ -153,15 +153,9 @@ def pick(template: PyTree, tree: PyTree, name_template: str, name_tree: str) -> 
       lambda t, x: t if is_masked_node(t) else x, template, tree, is_leaf=is_masked_node
     )
   except ValueError as error:
-    flat = jax.tree_util.tree_leaves_with_path(template, is_leaf=is_masked_node)
-    ignored = [path for path, t in flat if is_masked_node(t)]
-    rest = {
-      path_name(path): x
-      for path, x in jax.tree_util.tree_leaves_with_path(tree)
-      if not any(path[: len(other)] == other for other in ignored)
-    }
-    expected = {path_name(path): t for path, t in flat if not is_masked_node(t)}
-    _check_same_shapes(expected, rest, name_template, name_tree)
+    expected, ignored = leaves_and_masked_nodes(template)
+    rest = {name: x for name, x in leaves_by_name(tree).items() if not lies_in(name, ignored)}
+    check_same_shapes(expected, rest, name_template, name_tree)
     raise ValueError(
       f"{name_template} and {name_tree} have different structures: {error}"
     ) from error
@@ -185,15 +179,32 @@ def path_name(path: KeyPath) -> str:
   return jax.tree_util.keystr(strip_value(path), simple=True, separator="/")
 
 
+def leaves_by_name(tree: PyTree) -> dict[str, Any]:
+  """The leaves of a tree by their names for people."""
+  return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def leaves_and_masked_nodes(tree: PyTree) -> tuple[dict[str, Any], list[str]]:
+  """The leaves of a tree by name, and the names of its `optax.MaskedNode()`."""
+  nodes = [
+    path_name(path)
+    for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked_node)
+    if is_masked_node(x)
+  ]
+  return leaves_by_name(tree), nodes
+
+
+def lies_in(name: str, nodes: list[str]) -> bool:
+  """Whether a leaf lies at or below one of the nodes, all given by name."""
+  return any(f"{name}/".startswith(f"{node}/") for node in nodes)
+
+
 def check_same_structure(a: PyTree, b: PyTree, name_a: str, name_b: str) -> None:
   """Raises a ValueError that says where two trees differ in structure or in shapes."""
-  a, b = (
-    {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (a, b)
-  )
-  _check_same_shapes(a, b, name_a, name_b)
+  check_same_shapes(leaves_by_name(a), leaves_by_name(b), name_a, name_b)
 
 
-def _check_same_shapes(a: dict[str, Any], b: dict[str, Any], name_a: str, name_b: str) -> None:
+def check_same_shapes(a: dict[str, Any], b: dict[str, Any], name_a: str, name_b: str) -> None:
   """The same for two sets of leaves by name."""
   for path in a | b:
     if path not in b:

@@ -156,7 +156,8 @@ def get_masks(opt_state: PyTree, params: PyTree) -> PyTree:
 
   Args:
     opt_state: any optimizer state that contains that of a pruning transformation, however deep.
-    params: the parameters that the optimizer was initialised with (their shapes suffice).
+    params: the parameters that the optimizer was initialised with (their shapes suffice); with
+      Flax NNX, `nnx.state(model, nnx.Param)`.
 
   Returns:
     A full boolean tree with the structure of the parameters: True where a weight is active and in

@@ -1,4 +1,5 @@
 import chex
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +127,26 @@ def test_leaves_that_are_too_large_to_index_are_an_error():
   huge = {"kernel": jax.ShapeDtypeStruct((2**16, 2**16), jnp.bfloat16)}
   with pytest.raises(ValueError, match="fewer than 2"):
     jax.eval_shape(sparsejax.one_shot_pruning(0.5, at=0).init, huge)
+
+
+def test_fixed_masks_are_matched_by_name_and_only_those_of_a_group_are_needed(params):
+  masks = sparsejax.masks_from_scores(params, 0.5)
+  frozen = flax.core.freeze(params)
+  state = sparsejax.fixed_masks(masks).init(frozen)
+  chex.assert_trees_all_equal(sparsejax.get_masks(state, frozen), flax.core.freeze(masks))
+
+  tx = optax.partition(
+    {"pruned": sparsejax.fixed_masks(masks), "free": optax.sgd(0.1)},
+    {"dense": "pruned", "out": "free"},
+  )
+  _, state = tx.update(params, tx.init(params), params)
+  found = sparsejax.get_masks(state, params)
+  chex.assert_trees_all_equal(found["dense"], masks["dense"])
+  assert jnp.all(found["out"]["kernel"])
+  with pytest.raises(ValueError, match="the parameters have 'new', but the masks have not"):
+    sparsejax.fixed_masks(masks).init({**params, "new": jnp.ones((2, 2))})
+  with pytest.raises(ValueError, match="the masks have 'out/bias', but the parameters have not"):
+    sparsejax.fixed_masks(masks).init({**params, "out": {"kernel": params["out"]["kernel"]}})
 
 
 def test_fixed_masks_must_be_boolean(params):

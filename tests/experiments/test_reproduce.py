@@ -42,6 +42,12 @@ def test_the_table_counts_seeds_reports_the_dead_and_says_what_was_not_run(folde
   assert (folder / "lenet-mnist/figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_without_results_nothing_is_written(tmp_path):
+  options = reproduce.Options("lenet-mnist", results=tmp_path, train=False)
+  assert reproduce.reproduce(options).count("not run") == 4 * 7
+  assert not list(tmp_path.iterdir())
+
+
 def test_runs_with_a_result_are_not_trained_again(folder, monkeypatch):
   trained = []
 
@@ -51,10 +57,12 @@ def test_runs_with_a_result_are_not_trained_again(folder, monkeypatch):
     return result(run.name, 98.0)
 
   monkeypatch.setattr(reproduce.train_lib, "train", fake_train)
-  options = reproduce.Options("lenet-mnist", results=folder, seeds=(42, 789))
+  recipes = reproduce.TABLES["lenet-mnist"].recipes
+  monkeypatch.setitem(reproduce.TABLES, "lenet-mnist", reproduce.Table(recipes, seeds=(42, 789)))
+  options = reproduce.Options("lenet-mnist", results=folder)
   reproduce.reproduce(options)
   assert ("lenet300-mnist-78.9", 42) not in trained
-  assert len(trained) == 2 * len(reproduce.TABLES["lenet-mnist"].recipes) - 1
+  assert len(trained) == 2 * len(recipes) - 1
   trained.clear()
   reproduce.reproduce(options)
   assert not trained

@@ -84,8 +84,24 @@ def test_a_folder_with_another_run_is_left_alone(tmp_path, monkeypatch):
   name = "lenet300-digits"
   run = train.Run(dataclasses.replace(RECIPES[name], epochs=1, prune_epochs=1), name, out=tmp_path)
   train.train(run)
-  with pytest.raises(ValueError, match="another seed"):
+  with pytest.raises(ValueError, match="holds a run with seed=42"):
     train.train(dataclasses.replace(run, seed=7))
+
+
+def test_a_finished_run_is_left_alone(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(data, "load", tiny_mnist)
+  name = "lenet300-digits"
+  run = train.Run(dataclasses.replace(RECIPES[name], epochs=1, prune_epochs=1), name, out=tmp_path)
+  first = train.train(run)
+  monkeypatch.delattr(data, "load")
+  assert train.train(run) == first
+  assert "This run is finished" in capsys.readouterr().out
+
+
+def test_a_refused_option_does_not_claim_the_folder(tmp_path):
+  with pytest.raises(SystemExit):
+    train.main(["--learning-rate", "nan", "--out", str(tmp_path / "run")])
+  assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_collapses_says_so(tmp_path, monkeypatch, capsys):
