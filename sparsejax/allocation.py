@@ -43,15 +43,18 @@ Allocation = str | Callable[[Shapes, Density], Any]
 
 
 def uniform(shapes: Shapes, density: Density):
+  """The same density in each layer."""
   xp = _numpy_for(density)
   return xp.full(len(shapes), density)
 
 
 def erdos_renyi(shapes: Shapes, density: Density):
+  """In proportion to the inputs plus outputs over their product (the last two dimensions)."""
   return _in_proportion([_sum_over_product(shape[-2:]) for shape in shapes], shapes, density)
 
 
 def erdos_renyi_kernel(shapes: Shapes, density: Density):
+  """In proportion to the sum of all dimensions over their product."""
   return _in_proportion([_sum_over_product(shape) for shape in shapes], shapes, density)
 
 
@@ -71,25 +74,39 @@ def densities(shapes: Shapes, density: Density, allocation: Allocation):
     An array of one density for each layer.
 
   Raises:
-    ValueError: if the allocation is unknown, or "global", which depends on scores.
+    ValueError: if the allocation is unknown, or "global", which depends on scores; if it is a
+      function that does not return one density in [0, 1] for each layer.
 
   Example:
     >>> from sparsejax import allocation
     >>> allocation.densities([(784, 300), (300, 100), (100, 10)], 0.1, "erk").round(3).tolist()
     [0.08, 0.23, 1.0]
   """
-  function = check(allocation)
+  function = resolve(allocation)
   if function is None:
     raise ValueError('"global" has no densities of its own: they come out of the scores.')
-  return function(shapes, density)
+  if isinstance(density, numbers.Real):
+    # Functions of the user's may compute with jax.numpy, and are called while something is traced.
+    with jax.ensure_compile_time_eval():
+      found = np.asarray(function(shapes, float(density)), np.float64)
+  else:
+    found = jnp.asarray(function(shapes, density), jnp.float32)
+  if found.shape != (len(shapes),):
+    raise ValueError(
+      f"an allocation must return one density for each of the {len(shapes)} layers, but"
+      f" {allocation!r} returned an array of shape {found.shape}."
+    )
+  if isinstance(found, np.ndarray) and not np.all((found >= 0) & (found <= 1)):
+    raise ValueError(f"densities must be in [0, 1], but {allocation!r} returned {found}.")
+  return found
 
 
-def check(allocation: Allocation) -> Callable[[Shapes, Density], Any] | None:
-  """Resolves a name; None stands for one global threshold."""
+def resolve(allocation: Allocation) -> Callable[[Shapes, Density], Any] | None:
+  """The function of that name; None stands for one global threshold."""
   if callable(allocation):
     return allocation
   if not isinstance(allocation, str) or allocation not in _BY_NAME:
-    close = difflib.get_close_matches(str(allocation), _BY_NAME, n=1)
+    close = difflib.get_close_matches(str(allocation).lower(), _BY_NAME, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ValueError(
       f"unknown allocation {allocation!r}{hint}: use one of {sorted(_BY_NAME)}, a function"
@@ -130,21 +147,25 @@ def masks_from_scores(
     Array([[ True, False],
            [ True, False]], dtype=bool)
   """
-  check(allocation)
+  resolve(allocation)
   pool = masks_lib.select_prunable(scores, prunable)
   leaves, treedef = jax.tree.flatten(pool)
   if not leaves:
     return jax.tree.map(lambda s: jnp.ones_like(s, dtype=bool), scores)
-  sparsity = for_leaves(check_sparsity("sparsity", sparsity), pool)
+  sparsity = check_sparsity("sparsity", sparsity)
+  check_leaves(sparsity, scores, pool)
+  sparsity = for_leaves(sparsity, pool)
   k = count_pruned([s.shape for s in leaves], sparsity, allocation)
   pruned = selection.select([jnp.asarray(s) for s in leaves], counts.from_ints(k))
-  pruned = jax.tree.unflatten(treedef, pruned)
-  return jax.tree.map(
-    lambda p, s: jnp.ones_like(s, dtype=bool) if masks_lib.is_masked_node(p) else ~p,
-    pruned,
-    scores,
-    is_leaf=masks_lib.is_masked_node,
-  )
+  kept = jax.tree.unflatten(treedef, [~p for p in pruned])
+
+  def full(kept, score):
+    # In the rule of a transformation, the scores have MaskedNode too.
+    if masks_lib.is_masked_node(kept) and not masks_lib.is_masked_node(score):
+      return jnp.ones_like(score, dtype=bool)
+    return kept
+
+  return jax.tree.map(full, kept, scores, is_leaf=masks_lib.is_masked_node)
 
 
 def check_sparsity(name: str, sparsity: Sparsity) -> Sparsity:
@@ -178,35 +199,45 @@ def check_sparsity(name: str, sparsity: Sparsity) -> Sparsity:
   return jax.tree_util.tree_map_with_path(check_scalar, sparsity)
 
 
-def for_leaves(sparsity: Sparsity, pool: PyTree) -> Density | list[Density]:
-  """A sparsity as a scalar, or as a list with one for each leaf of the pool.
+def check_leaves(sparsity: Sparsity, tree: PyTree, pool: PyTree) -> None:
+  """Checks a tree of sparsities against a tree and its prunable leaves.
+
+  Args:
+    sparsity: a scalar, which always fits, or a tree.
+    tree: the weights. It may have `optax.MaskedNode()` where other transformations are at work.
+    pool: the same with `optax.MaskedNode()` in place of leaves that are not prunable.
 
   Raises:
-    ValueError: if a tree of sparsities has none for a leaf of the pool, or one for anything else.
+    ValueError: if there is no sparsity for a leaf of the pool, or one for anything else.
   """
-  if jax.tree_util.treedef_is_leaf(jax.tree.structure(sparsity)):
-    return sparsity
-  given = {
-    masks_lib.path_name(path): value
-    for path, value in jax.tree_util.tree_leaves_with_path(sparsity)
-  }
-  found, others = [], set()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(pool, is_leaf=masks_lib.is_masked_node):
-    name = masks_lib.path_name(path)
-    if masks_lib.is_masked_node(leaf):
-      others.add(name)
-      continue
+  if _is_scalar(sparsity):
+    return
+  prunable = masks_lib.leaves_by_name(pool)
+  leaves, elsewhere = masks_lib.leaves_and_masked_nodes(tree)
+  given = masks_lib.leaves_by_name(sparsity)
+  for name in prunable:
     if name not in given:
       raise ValueError(
         f"the tree of sparsities has none for {name!r}, which is prunable: it has {sorted(given)}."
       )
-    found.append(given.pop(name))
   for name, value in given.items():
-    if name not in others or not (isinstance(value, float) and value == 0):
+    is_idle = name in leaves and not (isinstance(value, float) and value != 0)
+    if name not in prunable and not is_idle and not masks_lib.lies_in(name, elsewhere):
       raise ValueError(
         f"the tree of sparsities asks for {value!r} in {name!r}, which is not a prunable leaf."
       )
-  return found
+
+
+def for_leaves(sparsity: Sparsity, pool: PyTree) -> Density | list[Density]:
+  """A sparsity as a scalar, or as a list with one for each leaf of the pool."""
+  if _is_scalar(sparsity):
+    return sparsity
+  given = masks_lib.leaves_by_name(sparsity)
+  return [given[name] for name in masks_lib.leaves_by_name(pool)]
+
+
+def _is_scalar(sparsity: Sparsity) -> bool:
+  return jax.tree_util.treedef_is_leaf(jax.tree.structure(sparsity))
 
 
 def count_pruned(
@@ -224,24 +255,23 @@ def count_pruned(
     A vector with one count for the whole pool if the allocation is global, and one for each layer
     otherwise: NumPy integers from floats, or else a traced `Count`.
   """
-  share_out = check(allocation)
   sizes = [math.prod(shape) for shape in shapes]
   if not isinstance(sparsity, list):
-    if share_out is None:
-      sizes, sparsity = [sum(sizes)], [sparsity]
-    elif isinstance(sparsity, float):
-      return _count_in_float64(sizes, share_out(shapes, 1 - sparsity))
-    else:
-      sparsity = list(1 - share_out(shapes, 1 - jnp.asarray(sparsity, jnp.float32)))
+    if resolve(allocation) is not None:
+      density = 1 - sparsity if isinstance(sparsity, float) else 1 - jnp.float32(sparsity)
+      found = densities(shapes, density, allocation)
+      if isinstance(found, np.ndarray):
+        return _count_in_float64(sizes, found)
+      # From the densities themselves: in 1 - density a compiler might contract the product that
+      # made it, and counts would depend on what it is compiled with.
+      return counts.from_ints(sizes) - counts.rounded_kept(found, sizes)
+    sizes, sparsity = [sum(sizes)], [sparsity]
   if all(isinstance(s, float) for s in sparsity):
     return _count_in_float64(sizes, [1 - s for s in sparsity])
   return counts.rounded_pruned(jnp.stack([jnp.asarray(s, jnp.float32) for s in sparsity]), sizes)
 
 
 def _count_in_float64(sizes, densities):
-  for density in densities:
-    if not 0 <= density <= 1:
-      raise ValueError(f"an allocation must return densities in [0, 1], got {density!r}.")
   return np.array([n - round(float(d) * n) for n, d in zip(sizes, densities)], dtype=np.uint64)
 
 
@@ -260,16 +290,19 @@ def _in_proportion(weights: Sequence[float], shapes: Shapes, density: Density):
   sizes = np.array([math.prod(shape) for shape in shapes], np.float64)
   order = np.argsort(-weights, kind="stable")
   rank = np.argsort(order)
-  # With the first j layers dense: how many weights they have, and what is left for the others.
-  dense = np.cumsum([0.0, *sizes[order]])
-  weighted = np.cumsum([0.0, *(weights * sizes)[order][::-1]])[::-1]
-  largest = np.array([*weights[order], 1.0])
-  with np.errstate(all="ignore"):
-    scale = (density * dense[-1] - dense) / np.where(weighted > 0, weighted, 1.0)
-  fits = (scale * largest <= 1) | (np.arange(len(dense)) == len(weights))
-  first = xp.argmax(fits)
+  # With the first j layers dense: the share of all weights that they hold, the factor from what is
+  # left of the density to the scale of the others, and the density up to which none exceeds 1.
+  total = max(sizes.sum(), 1.0)
+  dense = np.cumsum([0.0, *sizes[order]]) / total
+  weighted = np.cumsum([0.0, *(weights * sizes)[order][::-1]])[::-1] / total
+  factor = 1 / np.where(weighted > 0, weighted, 1.0)
+  limit = weighted / np.array([*weights[order], 1.0]) + dense
+  limit[-1] = np.inf
+  first = xp.argmax(density <= limit.astype(np.result_type(density, np.float32)))
+  # Difference first, then products: nothing here can be contracted to a fused multiply-add.
+  scale = (density - xp.asarray(dense)[first]) * xp.asarray(factor)[first]
   # At density 1 rounding may leave the last layers an ulp below it.
-  return xp.where((rank < first) | (density >= 1), 1.0, scale[first] * weights)
+  return xp.where((rank < first) | (density >= 1), 1.0, scale * weights)
 
 
 def _numpy_for(density: Density):

@@ -125,13 +125,27 @@ def rounded_pruned(sparsity: jax.Array, sizes: np.ndarray) -> Count:
     sparsity: float32 values in [0, 1]; below 0 and NaN count as 0, above 1 as 1.
     sizes: the n, known when tracing, in the shape of `sparsity`.
   """
-  sparsity = jnp.where(sparsity > 0, jnp.minimum(sparsity, 1), 0).astype(jnp.float32)
-  bits = lax.bitcast_convert_type(sparsity, jnp.uint32)
+  n = from_ints(sizes)
+  share, half, rest = _share(sparsity, n)
+  odd_kept = (n - share).low & 1 == 1
+  return share + widen((half & (rest | odd_kept)).astype(jnp.uint32))
+
+
+def rounded_kept(density: jax.Array, sizes: np.ndarray) -> Count:
+  r"""The exact :math:`\mathrm{round}(d n)`, with ties to even; arguments as for a sparsity."""
+  share, half, rest = _share(density, from_ints(sizes))
+  odd = share.low & 1 == 1
+  return share + widen((half & (rest | odd)).astype(jnp.uint32))
+
+
+def _share(fraction: jax.Array, n: Count) -> tuple[Count, jax.Array, jax.Array]:
+  """The whole part of a product, whether its fraction has a half, and whether it has more."""
+  fraction = jnp.where(fraction > 0, jnp.minimum(fraction, 1), 0).astype(jnp.float32)
+  bits = lax.bitcast_convert_type(fraction, jnp.uint32)
   exponent = bits >> 23
   mantissa = (bits & 0x7FFFFF) | jnp.where(exponent > 0, np.uint32(1 << 23), np.uint32(0))
-  # sparsity = mantissa / 2**places
+  # fraction = mantissa / 2**places
   places = 150 - jnp.maximum(exponent, 1).astype(jnp.int32)
-  n = from_ints(sizes)
   nothing = Count(jnp.zeros_like(n.high), jnp.zeros_like(n.low))
 
   def share_of_bit(position):
@@ -147,8 +161,6 @@ def rounded_pruned(sparsity: jax.Array, sizes: np.ndarray) -> Count:
     share += share_of_bit(149 - i)
     return share.halved(), share.low & 1 == 1, rest | half
 
-  none = jnp.zeros(sparsity.shape, bool)
+  none = jnp.zeros(fraction.shape, bool)
   share, half, rest = lax.fori_loop(0, 149, add_bit, (nothing, none, none))
-  share += share_of_bit(0)
-  odd_kept = (n - share).low & 1 == 1
-  return share + widen((half & (rest | odd_kept)).astype(jnp.uint32))
+  return share + share_of_bit(0), half, rest

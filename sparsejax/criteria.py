@@ -7,14 +7,12 @@ Any such function will do:
 ...   return (leaf.weight * leaf.gradient) ** 2
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 
-@dataclasses.dataclass(frozen=True)
 class Leaf:
   """What a criterion may look at.
 
@@ -23,10 +21,18 @@ class Leaf:
     mask: True where the weight is active.
   """
 
-  weight: jax.Array
-  mask: jax.Array
-  _gradient: jax.Array | None = None
-  _key: jax.Array | None = None
+  def __init__(
+    self,
+    weight: jax.Array,
+    mask: jax.Array,
+    *,
+    gradient: jax.Array | None = None,
+    key: jax.Array | None = None,
+  ):
+    self.weight = weight
+    self.mask = mask
+    self._gradient = gradient
+    self._key = key
 
   @property
   def gradient(self) -> jax.Array:
@@ -60,31 +66,3 @@ def magnitude(leaf: Leaf) -> jax.Array:
 def random(leaf: Leaf) -> jax.Array:
   """Independent uniform numbers: every active weight is equally likely to be pruned."""
   return jax.random.uniform(leaf.key, leaf.weight.shape)
-
-
-def scores(criterion: Criterion, call) -> list[jax.Array]:
-  """The scores of all leaves.
-
-  Args:
-    criterion: the criterion.
-    call: a `sparsejax.transform.Call`.
-
-  Returns:
-    One array for each leaf of its weights.
-
-  Raises:
-    ValueError: if the criterion returns anything else than scores of the leaf's shape.
-  """
-  weights, masks = jax.tree.leaves(call.params), jax.tree.leaves(call.masks)
-  gradients = [None] * len(weights) if call.grad is None else jax.tree.leaves(call.grad)
-  found = []
-  for i, (weight, mask, gradient) in enumerate(zip(weights, masks, gradients)):
-    key = None if call.key is None else jax.random.fold_in(call.key, i)
-    score = jnp.asarray(criterion(Leaf(weight, mask, gradient, key)))
-    if score.shape != weight.shape or not jnp.issubdtype(score.dtype, jnp.floating):
-      raise ValueError(
-        "a criterion must return one floating-point score for each weight, got"
-        f" {score.dtype}{list(score.shape)} for weights of shape {list(weight.shape)}."
-      )
-    found.append(score)
-  return found

@@ -39,15 +39,15 @@ def progressive_pruning(
   .. math::
     s_0 + (s - s_0) \frac{\min(c + \Delta - b, T)}{T}
 
-  by pruning the active weights of smallest magnitude, as many as it takes. With one change an
-  epoch, epoch e of E trains at :math:`s_0 + (s - s_0)(e + 1)/E`, as published. The number of pruned
-  weights is exactly :math:`N - \mathrm{round}((1 - s) N)`, computed in float64 from Python floats,
-  or exactly for the float32 value of a traced sparsity.
+  by pruning the active weights of lowest score, by default of smallest magnitude, as many as it
+  takes. With one change an epoch, epoch e of E trains at :math:`s_0 + (s - s_0)(e + 1)/E`, as
+  published. The number of pruned weights is exactly :math:`N - \mathrm{round}((1 - s) N)`, computed
+  in float64 from Python floats, or exactly for the float32 value of a traced sparsity.
 
   Args:
     sparsity: the final sparsity, in [0, 1): a float, a traced scalar, or a tree like the parameters
-      of final sparsities, one for each prunable leaf, that replace the allocation and ramp in
-      proportion. The other leaves of that tree may be None, 0, or left out.
+      of final sparsities, one for each prunable leaf, that replace the allocation; each ramps from
+      `initial` to its own. The other leaves of that tree may be None, 0, or left out.
     steps: length of the ramp, in calls of `update`.
     every: calls from one change of the masks to the next.
     begin: the call at which the masks change first.
@@ -83,14 +83,15 @@ def progressive_pruning(
     Qureshi et al., `Finding Sparse Subnetworks in One Training Cycle via Progressive
     Magnitude-Based Pruning <https://arxiv.org/abs/2606.12278>`_, 2026
   """
-  _check_integer("steps", steps, at_least=1)
-  _check_integer("every", every, at_least=1)
-  _check_integer("begin", begin, at_least=0)
-  (initial,) = allocation_lib.check_sparsity("initial", [initial])
+  steps = _check_integer("steps", steps, at_least=1)
+  every = _check_integer("every", every, at_least=1)
+  begin = _check_integer("begin", begin, at_least=0)
+  initial = allocation_lib.check_sparsity("initial", initial)
+  if not isinstance(initial, float):
+    raise ValueError(f"initial must be a Python number, got {initial!r}.")
   sparsity = allocation_lib.check_sparsity("sparsity", sparsity)
-  for final in jax.tree.leaves(sparsity):
-    if isinstance(final, float) and isinstance(initial, float) and initial > final:
-      raise ValueError(f"initial must not exceed the final sparsity, got {initial} and {final}.")
+  if isinstance(sparsity, float) and initial > sparsity:
+    raise ValueError(f"initial must not exceed the sparsity, got {initial} and {sparsity}.")
   ramped = [min(c + every, steps) for c in range(0, steps, every)]
 
   def due(count):
@@ -139,7 +140,8 @@ def gradual_pruning(
 
   Masks change at the calls :math:`c = b, b + \Delta, b + 2 \Delta, \dots`, where :math:`b` is
   `begin` and :math:`\Delta` is `every`, up to `end`, and a last time at `end` itself. The call at c
-  brings the overall sparsity to `schedule(c)` by pruning the active weights of smallest magnitude.
+  brings the overall sparsity to `schedule(c)` by pruning the active weights of lowest score, by
+  default of smallest magnitude.
   Weights that are pruned stay pruned: where the schedule falls, nothing changes.
 
   The cubic schedule of Zhu & Gupta is `optax.polynomial_schedule(0., s, 3, steps)`.
@@ -190,19 +192,25 @@ def gradual_pruning(
       f"schedule must be a function of the number of the call, got {schedule!r}: for a constant,"
       " use optax.constant_schedule."
     )
-  _check_integer("every", every, at_least=1)
-  _check_integer("begin", begin, at_least=0)
+  every = _check_integer("every", every, at_least=1)
+  begin = _check_integer("begin", begin, at_least=0)
   if end is not None:
-    _check_integer("end", end, at_least=0)
+    end = _check_integer("end", end, at_least=0)
     if begin >= end:
       raise ValueError(f"begin must be less than end, got begin={begin} and end={end}.")
+
+  def sparsity_at(count):
+    value = jnp.asarray(schedule(count))
+    if value.ndim != 0 or jnp.issubdtype(value.dtype, jnp.complexfloating):
+      raise ValueError(f"schedule must return one real number, got {value}.")
+    return value
 
   def due(count):
     on_grid = (count >= begin) & ((count - begin) % every == 0)
     return on_grid if end is None else (on_grid & (count <= end)) | (count == end)
 
   return _prune_active(
-    lambda count, pool, count_pruned_at: count_pruned_at(jnp.asarray(schedule(count))),
+    lambda count, pool, count_pruned_at: count_pruned_at(sparsity_at(count)),
     due=due,
     sparsity=0.0,
     allocation=allocation,
@@ -250,7 +258,7 @@ def one_shot_pruning(
     [[3. 0.]
      [0. 4.]]
   """
-  _check_integer("at", at, at_least=0)
+  at = _check_integer("at", at, at_least=0)
   return progressive_pruning(
     sparsity,
     steps=1,
@@ -269,8 +277,8 @@ def fixed_masks(masks: PyTree) -> optax.GradientTransformationExtraArgs:
   In a chain of transformations, this should be the last one.
 
   Args:
-    masks: a full boolean tree with the structure and shapes of the parameters, True where a weight
-      is active, such as `sparsejax.masks_from_scores` makes.
+    masks: a boolean tree with the leaves of the parameters, True where a weight is active, such as
+      `sparsejax.masks_from_scores` makes; `optax.MaskedNode()` stands for leaves without a mask.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`; see `sparsejax.masked_updates`. The first update
@@ -289,14 +297,15 @@ def fixed_masks(masks: PyTree) -> optax.GradientTransformationExtraArgs:
     [[0. 0.]
      [0. 4.]]
   """
-  for path, mask in jax.tree_util.tree_leaves_with_path(masks):
-    if jnp.result_type(mask) != jnp.bool_:
-      raise ValueError(
-        f"masks must be boolean, but {masks_lib.path_name(path)!r} has dtype"
-        f" {jnp.result_type(mask)}: compare it, as in mask != 0."
-      )
+  masks_lib.check_boolean(masks)
+  given, unmasked = masks_lib.leaves_and_masked_nodes(masks)
+
+  def is_masked(path, leaf):
+    is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return is_float and not masks_lib.lies_in(masks_lib.path_name(path), unmasked)
+
   never = transform.masked_updates(
-    lambda call: call.masks, due=lambda count: False, prunable=lambda path, leaf: True
+    lambda call: call.masks, due=lambda count: False, prunable=is_masked
   )
 
   def init_fn(params):
@@ -305,10 +314,13 @@ def fixed_masks(masks: PyTree) -> optax.GradientTransformationExtraArgs:
       return state
     # By name, so that masks may be restored as a plain dictionary, and with a group's masks only
     # where the parameters are those of a group.
-    given = masks_lib.leaves_by_name(masks)
     weights, other_groups = masks_lib.leaves_and_masked_nodes(params)
-    own = {name: m for name, m in given.items() if not masks_lib.lies_in(name, other_groups)}
-    masks_lib.check_same_shapes(own, weights, "the masks", "the parameters")
+    masks_lib.check_same_shapes(
+      {name: m for name, m in given.items() if not masks_lib.lies_in(name, other_groups)},
+      {name: p for name, p in weights.items() if not masks_lib.lies_in(name, unmasked)},
+      "the masks",
+      "the parameters",
+    )
     # Copies, so that the state can be donated, and sharded like the parameters.
     return state._replace(
       masks=jax.tree_util.tree_map_with_path(
@@ -330,7 +342,7 @@ def _prune_active(
   key: jax.Array | None,
 ) -> optax.GradientTransformationExtraArgs:
   """The transformation whose rule is `rules.prune_active`; `init` checks a tree of sparsities."""
-  allocation_lib.check(allocation)
+  allocation_lib.resolve(allocation)
   if criterion is criteria.random and key is None:
     raise ValueError("criteria.random needs a key, got key=None: pass key=jax.random.key(seed).")
   rule = rules.prune_active(count_pruned, allocation, criterion)
@@ -339,14 +351,16 @@ def _prune_active(
   def init_fn(params):
     state = pruning.init(params)
     if jax.tree.leaves(params):
-      allocation_lib.for_leaves(sparsity, state.masks)
+      allocation_lib.check_leaves(sparsity, params, state.masks)
     return state
 
   return optax.GradientTransformationExtraArgs(init_fn, pruning.update)
 
 
-def _check_integer(name: str, value: Any, at_least: int) -> None:
+def _check_integer(name: str, value: Any, at_least: int) -> int:
   if isinstance(value, bool) or not isinstance(value, numbers.Integral):
     raise ValueError(f"{name} must be an integer, got {value!r}: wrap it in int() or round().")
-  if value < at_least:
-    raise ValueError(f"{name} must be at least {at_least}, got {value!r}.")
+  if not at_least <= value < 2**31:
+    raise ValueError(f"{name} must be at least {at_least} and below 2**31, got {value!r}.")
+  # NumPy's small integers would overflow in the arithmetic to come.
+  return int(value)

@@ -26,7 +26,7 @@ def is_kernel(path: KeyPath, leaf: Any) -> bool:
   Biases and the parameters of normalisation layers are not. This is the default `prunable`.
   """
   del path
-  return leaf.ndim >= 2
+  return np.ndim(leaf) >= 2
 
 
 def apply_masks(tree: PyTree, masks: PyTree) -> PyTree:
@@ -42,6 +42,8 @@ def apply_masks(tree: PyTree, masks: PyTree) -> PyTree:
   Returns:
     The tree, zero where a mask is False.
   """
+  check_boolean(masks)
+  check_same_structure(masks, tree, "the masks", "the tree")
   return jax.tree.map(lambda m, x: jnp.where(m, x, jnp.zeros_like(x)), masks, tree)
 
 
@@ -65,6 +67,7 @@ def sparsity(masks: PyTree, prunable: Prunable = is_kernel) -> jax.Array:
     >>> float(sparsejax.sparsity(masks))
     0.75
   """
+  check_boolean(masks)
   pool = jax.tree.leaves(select_prunable(masks, prunable))
   size = sum(m.size for m in pool)
   if not size:
@@ -109,16 +112,26 @@ def overlap(masks_a: PyTree, masks_b: PyTree, prunable: Prunable = is_kernel) ->
   def jaccard(both, either):
     return jnp.where(either > 0, both / jnp.maximum(either, 1), 1.0)
 
+  check_boolean(masks_a)
+  check_boolean(masks_b)
   check_same_structure(masks_a, masks_b, "the first masks", "the second masks")
-  a, b = (
-    jax.tree_util.tree_leaves_with_path(select_prunable(m, prunable)) for m in (masks_a, masks_b)
-  )
+  a, b = (leaves_by_name(select_prunable(masks, prunable)) for masks in (masks_a, masks_b))
   per_layer, both, either = {}, 0.0, 0.0
-  for (path, x), (_, y) in zip(a, b):
-    shared, united = counts.count_true(x & y, x | y).astype(jnp.float32)
-    per_layer[path_name(path)] = jaccard(shared, united)
+  for name in a:
+    shared, united = counts.count_true(a[name] & b[name], a[name] | b[name]).astype(jnp.float32)
+    per_layer[name] = jaccard(shared, united)
     both, either = both + shared, either + united
   return Overlap(jaccard(both, either), per_layer)
+
+
+def check_boolean(masks: PyTree) -> None:
+  """Raises a ValueError if a mask is of another type."""
+  for name, mask in leaves_by_name(masks).items():
+    if jnp.result_type(mask) != jnp.bool_:
+      raise ValueError(
+        f"masks must be boolean, but {name!r} has dtype {jnp.result_type(mask)}: compare it, as in"
+        " mask != 0."
+      )
 
 
 def count_kept(mask: jax.Array) -> jax.Array:

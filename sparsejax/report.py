@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 
 from sparsejax import masks as masks_lib
 from sparsejax.masks import Prunable, PyTree, is_kernel
@@ -118,15 +119,14 @@ def summary(
     others                        2       2     0.00%      -            -
     total                        10       4    60.00%      4           16
   """
+  masks_lib.check_boolean(masks)
   masks_lib.check_same_structure(masks, params, "the masks", "the parameters")
   positions = dict(positions or {})
-  kept = jax.device_get(jax.tree.map(masks_lib.count_kept, masks))
+  kept = jax.device_get(jax.tree.map(masks_lib.count_kept, masks_lib.leaves_by_name(masks)))
   layers, others = [], []
-  for (path, leaf), active in zip(
-    jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(kept), strict=True
-  ):
-    name, shape = masks_lib.path_name(path), tuple(leaf.shape)
-    row = Row(name, shape, math.prod(shape), int(active))
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name, shape = masks_lib.path_name(path), tuple(np.shape(leaf))
+    row = Row(name, shape, math.prod(shape), int(kept[name]))
     if not prunable(masks_lib.strip_value(path), leaf):
       others.append(row)
       continue

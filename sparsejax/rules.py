@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from sparsejax import allocation as allocation_lib
 from sparsejax import counts, criteria, selection
+from sparsejax import masks as masks_lib
 from sparsejax.allocation import Allocation
-from sparsejax.criteria import Criterion
+from sparsejax.criteria import Criterion, Leaf
 from sparsejax.masks import PyTree
 from sparsejax.transform import Call
 
@@ -51,7 +52,24 @@ def prune_active(
       # The absolute value is exact, so that it need not be written to memory.
       now = selection.select(weights, k, among=masks, score=jnp.abs)
     else:
-      now = selection.select(criteria.scores(criterion, call), k, among=masks)
+      now = selection.select(_scores(criterion, call), k, among=masks)
     return jax.tree.unflatten(treedef, [m & ~p for m, p in zip(masks, now)])
 
   return rule
+
+
+def _scores(criterion: Criterion, call: Call) -> list[jax.Array]:
+  """The scores of all prunable leaves."""
+  weights, masks = jax.tree.leaves(call.params), jax.tree.leaves(call.masks)
+  gradients = [None] * len(weights) if call.grad is None else jax.tree.leaves(call.grad)
+  found = []
+  for i, name in enumerate(masks_lib.leaves_by_name(call.params)):
+    key = None if call.key is None else jax.random.fold_in(call.key, i)
+    score = jnp.asarray(criterion(Leaf(weights[i], masks[i], gradient=gradients[i], key=key)))
+    if score.shape != weights[i].shape or score.dtype not in selection.FLOATS:
+      raise ValueError(
+        "a criterion must return one floating-point score for each weight, got"
+        f" {score.dtype}{list(score.shape)} for {name!r} of shape {list(weights[i].shape)}."
+      )
+    found.append(score)
+  return found

@@ -18,11 +18,10 @@ from jax import lax
 
 from sparsejax import counts
 from sparsejax.counts import Count
+from sparsejax.masks import PyTree
 
-PyTree = Any
-
-_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_FLOATS = tuple(jnp.dtype(t) for t in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64))
+_UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+FLOATS = tuple(jnp.dtype(t) for t in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64))
 
 
 def select_smallest(scores: PyTree, k: Any, *, among: PyTree | None = None) -> PyTree:
@@ -30,7 +29,8 @@ def select_smallest(scores: PyTree, k: Any, *, among: PyTree | None = None) -> P
 
   Scores are compared by value, whatever the backend flushes: -0 equals 0, denormals count, NaN
   ranks above infinity. Equal scores go by leaf order, then by C-order index, lowest first. The
-  result is the same on one device and on many.
+  result is the same on one device and on many. (Inside of `jax.shard_map` there is nothing but the
+  shard: call it outside.)
 
   Args:
     scores: a pytree of floating-point arrays (float16, bfloat16, float32, float64) of any shapes,
@@ -58,7 +58,7 @@ def select_smallest(scores: PyTree, k: Any, *, among: PyTree | None = None) -> P
   for path, leaf in paths_and_leaves:
     leaf = jnp.asarray(leaf)
     name = jax.tree_util.keystr(path) or "the array"
-    if leaf.dtype not in _FLOATS:
+    if leaf.dtype not in FLOATS:
       raise ValueError(
         f"scores must be floating-point numbers, but {name} has dtype {leaf.dtype}: convert it"
         " with astype(float32)."
@@ -92,10 +92,10 @@ def _count_of(k: Any, treedef) -> Count:
   for value in per_leaf:
     is_array = isinstance(value, (jax.Array, np.ndarray, np.generic))
     if not (
-      isinstance(value, numbers.Integral)
+      (isinstance(value, numbers.Integral) and not isinstance(value, bool))
       or (is_array and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer))
     ):
-      raise ValueError(f"k must be an integer, got {value!r}: round it first.")
+      raise ValueError(f"k must be one integer, or a tree with one for each leaf, got {value!r}.")
     if not isinstance(value, jax.Array) and value < 0:
       raise ValueError(f"k must not be negative, got {value!r}: use 0 to select nothing.")
   if not per_leaf:

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparsejax import masks as masks_lib
+from sparsejax import selection
 from sparsejax.masks import Prunable, PyTree, is_kernel, is_masked_node
 
 
@@ -89,8 +91,10 @@ def masked_updates(
       when they are in any lane), and may use anything that JAX can trace.
     due: takes the number of the call, from 0, and returns whether masks change at it.
     prunable: `prunable(path, leaf) -> bool` says which leaves are pruned, given their path as in
-      `jax.tree_util.tree_map_with_path`.
-    key: a random key, for rules that use one.
+      `jax.tree_util.tree_map_with_path`. An attribute `value` at its end, as of a variable of Flax
+      NNX, is left out.
+    key: a random key, for rules that use one: of `jax.random.key`, or of `jax.random.PRNGKey` where
+      the state is to be serialised by something that knows arrays of numbers only.
 
   Returns:
     A transformation whose state is a `MaskedUpdatesState`. Its `update` needs the parameters, and
@@ -100,6 +104,9 @@ def masked_updates(
     ValueError: by `init`, if there are leaves and none is prunable, or if a prunable leaf is not
       floating-point; by `update`, if it gets no parameters, or others than `init` got.
   """
+
+  if key is not None and not isinstance(key, (jax.Array, np.ndarray)):
+    raise ValueError(f"key must be a random key, got {key!r}: pass jax.random.key(seed).")
 
   def init_fn(params):
     masks = jax.tree.map(
@@ -127,6 +134,7 @@ def masked_updates(
       # The key is not replaced but folded with the count: what a call draws depends on that alone.
       call_key = None if state.key is None else jax.random.fold_in(state.key, state.count)
       new = rule(Call(state.count, weights, masks, grad, call_key))
+      masks_lib.pick(masks, new, "the masks", "the masks that the rule returns")
       return jax.tree.map(lambda m, n: jnp.where(is_due, n, m), masks, new)
 
     # Masks and weights are all that goes in: updates among the operands would be written to memory
@@ -186,15 +194,22 @@ def get_masks(opt_state: PyTree, params: PyTree) -> PyTree:
 
   def full_mask(path, leaf):
     mask = jnp.ones_like(leaf, dtype=bool)
-    for other in found.pop(masks_lib.strip_value(path), ()):
+    for other in found.get(masks_lib.strip_value(path), ()):
       mask &= other
     return mask
 
+  shapes = masks_lib.leaves_by_name(params)
+  for path, masks in found.items():
+    name = masks_lib.path_name(path)
+    for mask in masks:
+      masks_lib.check_same_shapes(
+        {name: mask},
+        {name: shapes[name]} if name in shapes else {},
+        "the masks",
+        "the parameters",
+      )
+
   full = jax.tree_util.tree_map_with_path(full_mask, params)
-  if found:
-    raise ValueError(
-      f"the masks have {masks_lib.path_name(next(iter(found)))!r}, but the parameters have not."
-    )
   return full
 
 
@@ -228,7 +243,7 @@ def _check_prunable(params: PyTree, masks: PyTree) -> None:
   pool = masks_lib.pick(masks, params, "the masks", "the parameters")
   for path, p in jax.tree_util.tree_leaves_with_path(pool):
     name = masks_lib.path_name(path)
-    if not jnp.issubdtype(p.dtype, jnp.floating):
+    if p.dtype not in selection.FLOATS:
       raise ValueError(
         f"{name!r} has dtype {p.dtype}, but only floating-point weights can be pruned: exclude it"
         " by `prunable`."

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference
 
+import sparsejax
 from sparsejax import allocation
 
 ORACLE = json.loads((pathlib.Path(__file__).parent / "oracles" / "erk.json").read_text())["archs"]
@@ -177,3 +178,47 @@ def test_an_unknown_allocation_is_an_error_that_names_the_known_ones(density):
   with pytest.raises(ValueError, match="layerwise") as error:
     allocation.densities([(3, 4)], density, "layerwise")
   assert all(name in str(error.value) for name in KINDS)
+
+
+def layers():
+  return {"a": jnp.arange(1.0, 13.0).reshape(3, 4), "b": jnp.arange(1.0, 21.0).reshape(4, 5)}
+
+
+@pytest.mark.parametrize("as_array", [list, np.array, jnp.array])
+@pytest.mark.parametrize("traced", [False, True])
+def test_an_allocation_of_ones_own_may_return_any_kind_of_array(as_array, traced):
+  sparsity = jnp.float32(0.5) if traced else 0.5
+  tx = sparsejax.one_shot_pruning(sparsity, at=0, allocation=lambda s, d: as_array([0.75, 0.25]))
+  _, state = jax.jit(tx.update)(layers(), tx.init(layers()), layers())
+  assert [int(jnp.sum(~m)) for m in jax.tree.leaves(state.masks)] == [3, 15]
+
+
+@pytest.mark.parametrize(
+  "returned", [[0.5], [0.5, 0.5, 0.5], [[0.5, 0.5]], [0.5, 1.5], [-0.5, 0.5]]
+)
+def test_an_allocation_of_ones_own_has_to_return_one_density_for_each_layer(returned):
+  with pytest.raises(ValueError, match="returned"):
+    sparsejax.masks_from_scores(layers(), 0.5, allocation=lambda shapes, density: returned)
+
+
+@pytest.mark.parametrize("name", ["er", "erk"])
+def test_traced_counts_do_not_depend_on_how_they_are_compiled(name):
+  shapes = [(3, 3, 64, 64), (3, 3, 64, 128), (3, 3, 128, 256), (512, 10), (1024, 1000)]
+
+  def count(sparsity):
+    pruned = allocation.count_pruned(shapes, sparsity, name)
+    return pruned.low
+
+  sparsities = jnp.asarray(np.random.default_rng(0).uniform(0, 1, 60), jnp.float32)
+  jitted, batched = jax.jit(count), jax.jit(jax.vmap(count))(sparsities)
+  for i, sparsity in enumerate(sparsities):
+    np.testing.assert_array_equal(jitted(sparsity), batched[i])
+    with jax.disable_jit(i < 3):
+      np.testing.assert_array_equal(count(sparsity), batched[i])
+
+
+def test_a_mapping_is_no_allocation():
+  with pytest.raises(ValueError, match="a tree of sparsities instead of one sparsity"):
+    sparsejax.progressive_pruning(0.5, steps=4, every=2, allocation={"a": 0.5})
+  with pytest.raises(ValueError, match="did you mean 'erk'"):
+    sparsejax.progressive_pruning(0.5, steps=4, every=2, allocation="ERK")

@@ -1,3 +1,5 @@
+import collections
+
 import chex
 import flax
 import jax
@@ -78,7 +80,7 @@ def test_random_pruning_takes_keys_of_both_kinds_and_differs_between_them(params
 
 
 def test_random_scores_are_uniform_and_differ_between_leaves():
-  leaf = criteria.Leaf(jnp.zeros((100, 100)), jnp.ones((100, 100), bool), _key=jax.random.key(0))
+  leaf = criteria.Leaf(jnp.zeros((100, 100)), jnp.ones((100, 100), bool), key=jax.random.key(0))
   scores = criteria.random(leaf)
   np.testing.assert_allclose(np.quantile(scores, [0.1, 0.5, 0.9]), [0.1, 0.5, 0.9], atol=0.02)
   tree = {"a": jnp.zeros((50, 50)), "b": jnp.zeros((50, 50))}
@@ -166,3 +168,96 @@ def test_a_mask_update_writes_no_scores_and_no_positions_to_memory():
   step = jax.jit(step, donate_argnums=(0, 1))
   compiled = step.lower(tree, tx.init(tree)).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * size
+
+
+def test_masks_from_scores_can_be_used_in_a_rule(params):
+  def rule(call):
+    kept = sparsejax.masks_from_scores(jax.tree.map(jnp.abs, call.params), 0.5)
+    return jax.tree.map(jnp.logical_and, call.masks, kept)
+
+  tx = sparsejax.masked_updates(rule, due=lambda count: count == 0)
+  _, state = tx.update(params, tx.init(params), params)
+  assert float(sparsejax.sparsity(sparsejax.get_masks(state, params))) == 0.5
+
+
+def test_masks_that_a_rule_returns_have_to_fit(params):
+  tx = sparsejax.masked_updates(
+    lambda call: jax.tree.map(lambda m: m[0], call.masks), due=lambda count: True
+  )
+  with pytest.raises(ValueError, match="the masks that the rule returns"):
+    tx.update(params, tx.init(params), params)
+
+
+def test_masks_of_other_shapes_are_not_broadcast(params):
+  state = sparsejax.one_shot_pruning(0.5, at=0).init({"kernel": jnp.ones((1, 4))})
+  with pytest.raises(ValueError, match=r"'kernel' has shape \(1, 4\) in the masks"):
+    sparsejax.get_masks(state, {"kernel": jnp.ones((3, 4))})
+  with pytest.raises(ValueError, match="'w' has shape"):
+    sparsejax.apply_masks({"w": jnp.ones((2, 3))}, {"w": jnp.ones(3, bool)})
+
+
+def test_masks_are_matched_by_name_in_any_order():
+  masks = {"a": jnp.zeros((2, 2), bool), "b": jnp.ones((2, 2), bool)}
+  swapped = collections.OrderedDict(b=masks["b"], a=masks["a"])
+  assert float(sparsejax.overlap(masks, swapped).overall) == 1.0
+  params = collections.OrderedDict(b=jnp.ones((2, 2)), a=jnp.ones((2, 2)))
+  rows = {row.name: row.active for row in sparsejax.summary(params, masks).layers}
+  assert rows == {"a": 0, "b": 4}
+
+
+def test_masks_of_other_types_are_not_counted():
+  masks = {"a": jnp.full((2, 2), 255, jnp.uint8)}
+  for function in (sparsejax.sparsity, lambda m: sparsejax.summary(m, m)):
+    with pytest.raises(ValueError, match="'a' has dtype uint8"):
+      function(masks)
+
+
+def test_fixed_masks_leave_counters_and_leaves_without_a_mask_alone(params):
+  tree = {**params, "steps": jnp.int32(3)}
+  masks = sparsejax.masks_from_scores(params, 0.5)
+  masks = {**masks, "steps": jnp.bool_(True)}
+  state = sparsejax.fixed_masks(masks).init(tree)
+  assert state.masks["steps"] == optax.MaskedNode()
+  # Masks lifted from a state have MaskedNode where nothing is pruned.
+  pruning = sparsejax.one_shot_pruning(0.5, at=0)
+  _, before = pruning.update(params, pruning.init(params), params)
+  after = sparsejax.fixed_masks(before.masks).init(params)
+  chex.assert_trees_all_equal(after.masks, before.masks)
+
+
+def test_small_numpy_integers_do_not_overflow(params):
+  tx = sparsejax.progressive_pruning(0.5, steps=np.int16(250), every=np.uint8(200))
+  state = tx.init(params)
+  update = jax.jit(tx.update)
+  for _ in range(250):
+    _, state = update(params, state, params)
+  assert float(sparsejax.sparsity(sparsejax.get_masks(state, params))) == 0.5
+  with pytest.raises(ValueError, match="below 2\\*\\*31"):
+    sparsejax.progressive_pruning(0.5, steps=2**31, every=1)
+
+
+def test_a_full_tree_of_sparsities_serves_the_groups_of_a_partition(params):
+  tree = jax.tree.map(lambda p: 0.5 if p.ndim == 2 else 0.0, params)
+  link = sparsejax.one_shot_pruning(tree, at=0)
+  tx = optax.partition({"a": link, "b": link}, {"dense": "a", "out": "b"})
+  _, state = tx.update(params, tx.init(params), params)
+  assert float(sparsejax.sparsity(sparsejax.get_masks(state, params))) == 0.5
+
+
+def test_an_initial_sparsity_has_to_be_a_number_known_beforehand():
+  for initial in (jnp.float32(0.1), None, [0.1]):
+    with pytest.raises(ValueError, match="initial"):
+      sparsejax.progressive_pruning(0.5, steps=4, every=2, initial=initial)
+  with pytest.raises(ValueError, match="initial must not exceed the sparsity"):
+    sparsejax.progressive_pruning(0.5, steps=4, every=2, initial=0.6)
+
+
+def test_a_key_that_is_none_is_an_error():
+  with pytest.raises(ValueError, match="key must be a random key, got 42"):
+    sparsejax.one_shot_pruning(0.5, at=0, criterion=criteria.random, key=42)
+
+
+def test_a_schedule_of_many_numbers_is_an_error(params):
+  tx = sparsejax.gradual_pruning(lambda count: jnp.zeros(2), every=1)
+  with pytest.raises(ValueError, match="schedule must return one real number"):
+    tx.update(params, tx.init(params), params)
