@@ -298,7 +298,7 @@ def _in_proportion(weights: Sequence[float], shapes: Shapes, density: Density):
   factor = 1 / np.where(weighted > 0, weighted, 1.0)
   limit = weighted / np.array([*weights[order], 1.0]) + dense
   limit[-1] = np.inf
-  first = xp.argmax(density <= limit.astype(np.result_type(density, np.float32)))
+  first = xp.argmax(density <= xp.asarray(limit))
   # Difference first, then products: nothing here can be contracted to a fused multiply-add.
   scale = (density - xp.asarray(dense)[first]) * xp.asarray(factor)[first]
   # At density 1 rounding may leave the last layers an ulp below it.
