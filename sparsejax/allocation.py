@@ -233,7 +233,8 @@ def for_leaves(sparsity: Sparsity, pool: PyTree) -> Density | list[Density]:
   if _is_scalar(sparsity):
     return sparsity
   given = masks_lib.leaves_by_name(sparsity)
-  return [given[name] for name in masks_lib.leaves_by_name(pool)]
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(pool)]
+  return [given[masks_lib.path_name(path)] for path in paths]
 
 
 def _is_scalar(sparsity: Sparsity) -> bool:

@@ -97,7 +97,7 @@ def progressive_pruning(
   def due(count):
     return (count >= begin) & (count < begin + steps) & ((count - begin) % every == 0)
 
-  def count_pruned(count, pool, count_pruned_at):
+  def goal(count, pool, count_pruned):
     final = allocation_lib.for_leaves(sparsity, pool)
     update = (count - begin) // every
 
@@ -109,11 +109,11 @@ def progressive_pruning(
       )
 
     if all(isinstance(s, float) for s in jax.tree.leaves(final)):
-      return counts.from_ints([count_pruned_at(at(done)) for done in ramped])[update]
-    return count_pruned_at(at(jnp.asarray(ramped, jnp.int32)[update]))
+      return counts.from_ints([count_pruned(at(done)) for done in ramped])[update]
+    return count_pruned(at(jnp.asarray(ramped, jnp.int32)[update]))
 
   return _prune_active(
-    count_pruned,
+    goal,
     due=due,
     sparsity=sparsity,
     allocation=allocation,
@@ -210,7 +210,7 @@ def gradual_pruning(
     return on_grid if end is None else (on_grid & (count <= end)) | (count == end)
 
   return _prune_active(
-    lambda count, pool, count_pruned_at: count_pruned_at(sparsity_at(count)),
+    lambda count, pool, count_pruned: count_pruned(sparsity_at(count)),
     due=due,
     sparsity=0.0,
     allocation=allocation,
@@ -332,7 +332,7 @@ def fixed_masks(masks: PyTree) -> optax.GradientTransformationExtraArgs:
 
 
 def _prune_active(
-  count_pruned: rules.CountPruned,
+  goal: rules.Goal,
   *,
   due: Callable[[jax.Array], jax.Array],
   sparsity: PyTree,
@@ -345,7 +345,7 @@ def _prune_active(
   allocation_lib.resolve(allocation)
   if criterion is criteria.random and key is None:
     raise ValueError("criteria.random needs a key, got key=None: pass key=jax.random.key(seed).")
-  rule = rules.prune_active(count_pruned, allocation, criterion)
+  rule = rules.prune_active(goal, allocation, criterion)
   pruning = transform.masked_updates(rule, due=due, prunable=prunable, key=key)
 
   def init_fn(params):

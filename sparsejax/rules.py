@@ -16,16 +16,16 @@ from sparsejax.transform import Call
 
 # Takes the number of the call, the tree of prunable weights, and a function from a sparsity to a
 # number of weights; returns how many weights are to be pruned in all.
-CountPruned = Callable[[jax.Array, PyTree, Callable[[Any], Any]], Any]
+Goal = Callable[[jax.Array, PyTree, Callable[[Any], Any]], Any]
 
 
 def prune_active(
-  count_pruned: CountPruned, allocation: Allocation, criterion: Criterion
+  goal: Goal, allocation: Allocation, criterion: Criterion
 ) -> Callable[[Call], PyTree]:
   """Prunes the active weights of lowest score until as many are pruned as are asked for.
 
   Args:
-    count_pruned: how many that is.
+    goal: how many that is.
     allocation: how a sparsity is shared out among layers; see `sparsejax.allocation`.
     criterion: the score of each weight.
 
@@ -40,14 +40,12 @@ def prune_active(
     # Where masks are still all True, XLA would spend minutes counting them when it compiles.
     masks = jax.lax.optimization_barrier(jax.tree.leaves(call.masks))
     shapes = [w.shape for w in weights]
-    goal = counts.from_ints(
-      count_pruned(
-        call.count, call.params, lambda s: allocation_lib.count_pruned(shapes, s, allocation)
-      )
+    asked = counts.from_ints(
+      goal(call.count, call.params, lambda s: allocation_lib.count_pruned(shapes, s, allocation))
     )
     pruned = jnp.stack([counts.count_true(~m)[0] for m in masks])
-    one_pool = goal.low.shape[0] == 1
-    k = goal - (counts.total(pruned) if one_pool else counts.widen(pruned))
+    one_pool = asked.low.shape[0] == 1
+    k = asked - (counts.total(pruned) if one_pool else counts.widen(pruned))
     if criterion is criteria.magnitude:
       # The absolute value is exact, so that it need not be written to memory.
       now = selection.select(weights, k, among=masks, score=jnp.abs)
@@ -60,16 +58,17 @@ def prune_active(
 
 def _scores(criterion: Criterion, call: Call) -> list[jax.Array]:
   """The scores of all prunable leaves."""
-  weights, masks = jax.tree.leaves(call.params), jax.tree.leaves(call.masks)
-  gradients = [None] * len(weights) if call.grad is None else jax.tree.leaves(call.grad)
+  masks = jax.tree.leaves(call.masks)
+  gradients = [None] * len(masks) if call.grad is None else jax.tree.leaves(call.grad)
   found = []
-  for i, name in enumerate(masks_lib.leaves_by_name(call.params)):
+  for i, (path, weight) in enumerate(jax.tree_util.tree_leaves_with_path(call.params)):
     key = None if call.key is None else jax.random.fold_in(call.key, i)
-    score = jnp.asarray(criterion(Leaf(weights[i], masks[i], gradient=gradients[i], key=key)))
-    if score.shape != weights[i].shape or score.dtype not in selection.FLOATS:
+    score = jnp.asarray(criterion(Leaf(weight, masks[i], gradient=gradients[i], key=key)))
+    if score.shape != weight.shape or score.dtype not in selection.FLOATS:
       raise ValueError(
         "a criterion must return one floating-point score for each weight, got"
-        f" {score.dtype}{list(score.shape)} for {name!r} of shape {list(weights[i].shape)}."
+        f" {score.dtype}{list(score.shape)} for {masks_lib.path_name(path)!r} of shape"
+        f" {list(weight.shape)}."
       )
     found.append(score)
   return found
