@@ -5,13 +5,15 @@
 
 `selection` picks the fraction of smallest magnitudes, against `jnp.argsort` of the concatenated
 scores. `step` is SGD with momentum and `optax.apply_updates`, alone and with pruning as last link,
-at calls that keep the masks and at calls that change them; the steps lie in a scan, as those of an
-epoch do. Each figure is the median over rounds in which all variants take turns.
+at calls that keep the masks and at calls that change them; once with a step for each call from
+Python, and once with the steps in a scan, as those of an epoch are. Each figure is the median over
+rounds in which all variants take turns.
 """
 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import statistics
 import time
@@ -84,9 +86,6 @@ def _convolution(size: int, inputs: int, outputs: int) -> list[tuple[int, ...]]:
   return [(size, size, inputs, outputs), (outputs,), (outputs,)]
 
 
-# In one call of `step`.
-_STEPS = 16
-
 TREES = {"lenet300": lenet300, "resnet18": resnet18, "resnet50": resnet50}
 
 
@@ -117,7 +116,7 @@ def benchmark_selection(options: Options) -> list[dict[str, Any]]:
 
 
 def benchmark_step(options: Options) -> list[dict[str, Any]]:
-  """Optimizer steps with donated buffers: one row for each tree."""
+  """Optimizer steps with donated buffers: for each tree, one a call and a scan of them."""
   sgd = optax.sgd(0.1, momentum=0.9)
   ramp = optax.linear_schedule(0.0, options.sparsity, transition_steps=1000)
   optimizers = [
@@ -126,17 +125,18 @@ def benchmark_step(options: Options) -> list[dict[str, Any]]:
     optax.chain(sgd, sparsejax.gradual_pruning(ramp, every=1)),
   ]
   rows = []
-  for name in options.trees:
+  for name, length in itertools.product(options.trees, (1, 16)):
     shapes = TREES[name]()
     with _count_compilations() as compilations:
-      steps = [_make_step(tx, shapes) for tx in optimizers]
+      steps = [_make_steps(tx, shapes, length) for tx in optimizers]
       before = len(compilations)
       times = _take_turns(steps, options.rounds)
-      bare, pruning, changing = (seconds / _STEPS for seconds in times)
+      bare, pruning, changing = (seconds / length for seconds in times)
       later = len(compilations) - before
     rows.append(
       {
         "tree": name,
+        "steps a call": str(length),
         "parameters": f"{sum(math.prod(shape) for shape in shapes):,}",
         "SGD": _milliseconds(bare),
         "with pruning, masks kept": _milliseconds(pruning),
@@ -155,10 +155,10 @@ def _argsort(scores: list[jax.Array], k: jax.Array) -> jax.Array:
   return jnp.argsort(jnp.concatenate([s.reshape(-1) for s in scores]))
 
 
-def _make_step(
-  tx: optax.GradientTransformation, shapes: list[tuple[int, ...]]
+def _make_steps(
+  tx: optax.GradientTransformation, shapes: list[tuple[int, ...]], length: int
 ) -> Callable[[], Any]:
-  """A function that makes a scan of steps after the other, already called once."""
+  """A function that makes so many more steps at each call, already called once."""
   grads = _random_like(shapes)
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -168,7 +168,7 @@ def _make_step(
       updates, state = tx.update(grads, state, params)
       return (optax.apply_updates(params, updates), state), None
 
-    return jax.lax.scan(step, (params, state), length=_STEPS)[0]
+    return jax.lax.scan(step, (params, state), length=length)[0]
 
   params = _random_like(shapes)
   held = [params, tx.init(params)]
