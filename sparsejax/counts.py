@@ -56,6 +56,10 @@ def where(condition: jax.Array, a: Count, b: Count) -> Count:
   return Count(jnp.where(condition, a.high, b.high), jnp.where(condition, a.low, b.low))
 
 
+def minimum(a: Count, b: Count) -> Count:
+  return where(a <= b, a, b)
+
+
 def from_ints(values) -> Count:
   """Python or NumPy integers (of any size below 2**64, nested or not), or an array of JAX's.
 
@@ -82,8 +86,8 @@ def widen(words: jax.Array) -> Count:
 
 def total(words: jax.Array) -> Count:
   """Sums 32-bit counts over the last axis (up to 2**16 of them), which stays with length 1."""
-  low = jnp.sum(words & 0xFFFF, axis=-1, keepdims=True, dtype=jnp.uint32)
-  high = jnp.sum(words >> 16, axis=-1, keepdims=True, dtype=jnp.uint32)
+  halves = jnp.stack([words & 0xFFFF, words >> 16])
+  low, high = jnp.sum(halves, axis=-1, keepdims=True, dtype=jnp.uint32)
   return widen(low) + Count(high >> 16, high << 16)
 
 

@@ -1,5 +1,6 @@
 """Rules: how masks change when they are due."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,18 +41,16 @@ def prune_active(
     # Where masks are still all True, XLA would spend minutes counting them when it compiles.
     masks = jax.lax.optimization_barrier(jax.tree.leaves(call.masks))
     shapes = [w.shape for w in weights]
-    asked = counts.from_ints(
+    k = counts.from_ints(
       goal(call.count, call.params, lambda s: allocation_lib.count_pruned(shapes, s, allocation))
     )
-    pruned = jnp.stack([counts.count_true(~m)[0] for m in masks])
-    one_pool = asked.low.shape[0] == 1
-    k = asked - (counts.total(pruned) if one_pool else counts.widen(pruned))
+    select = functools.partial(selection.select, k=k, selected=[~m for m in masks])
     if criterion is criteria.magnitude:
       # The absolute value is exact, so that it need not be written to memory.
-      now = selection.select(weights, k, among=masks, score=jnp.abs)
+      pruned = select(weights, score=jnp.abs)
     else:
-      now = selection.select(_scores(criterion, call), k, among=masks)
-    return jax.tree.unflatten(treedef, [m & ~p for m, p in zip(masks, now)])
+      pruned = select(_scores(criterion, call))
+    return jax.tree.unflatten(treedef, [~p for p in pruned])
 
   return rule
 

@@ -1,9 +1,10 @@
 """Exactly the k smallest scores of a pytree: stable, sharded, without sorting.
 
-The scores' bit patterns, mapped to integers in the order of the values, are searched for the
-largest bound that at most k of them lie below, two bits at a time. Each step is one pass that
-counts and writes nothing. If equal scores straddle the bound, a second search of the same kind over
-their positions cuts the tie.
+The scores' bit patterns, mapped to integers in the order of the values, are followed by their
+positions in the tree, which cut ties: one long number for each weight, all different. The number
+that k others are less than is found two bits at a time, from the highest. Each step is one pass
+over the scores that counts and writes nothing; the bits of the position are reached only if there
+is a tie to cut.
 """
 
 import functools
@@ -70,16 +71,32 @@ def select_smallest(scores: PyTree, k: Any, *, among: PyTree | None = None) -> P
       )
     leaves.append(leaf)
 
-  if among is not None:
-    candidates, among_treedef = jax.tree.flatten(among)
-    if among_treedef != treedef or any(np.shape(c) != s.shape for c, s in zip(candidates, leaves)):
-      raise ValueError(
-        "`among` must be a boolean tree with the structure and shapes of `scores`, got"
-        f" {jax.tree.map(np.shape, among)} for {jax.tree.map(np.shape, scores)}."
-      )
-    among = [jnp.asarray(c, bool) for c in candidates]
-  selected = select(leaves, _count_of(k, treedef), among=among)
+  k = _count_of(k, treedef)
+  if among is None:
+    return jax.tree.unflatten(treedef, select(leaves, k))
+  candidates, among_treedef = jax.tree.flatten(among)
+  if among_treedef != treedef or any(np.shape(c) != s.shape for c, s in zip(candidates, leaves)):
+    raise ValueError(
+      "`among` must be a boolean tree with the structure and shapes of `scores`, got"
+      f" {jax.tree.map(np.shape, among)} for {jax.tree.map(np.shape, scores)}."
+    )
+  selected = _select_among(leaves, k, [jnp.asarray(c, bool) for c in candidates])
   return jax.tree.unflatten(treedef, selected)
+
+
+@jax.jit
+def _select_among(
+  scores: Sequence[jax.Array], k: Count, candidates: Sequence[jax.Array]
+) -> list[jax.Array]:
+  """Selects what is no candidate first, and then leaves it out."""
+  if not scores:
+    return []
+  excluded = [~c for c in candidates]
+  words = jnp.stack([counts.count_true(e)[0] for e in excluded])
+  pooled = k.low.shape[0] == 1
+  before = counts.total(words) if pooled else counts.widen(words)
+  selected = select(scores, k + before, selected=excluded)
+  return [s & c for s, c in zip(selected, candidates)]
 
 
 def _count_of(k: Any, treedef) -> Count:
@@ -113,7 +130,7 @@ def select(
   values: Sequence[jax.Array],
   k: Count,
   *,
-  among: Sequence[jax.Array] | None = None,
+  selected: Sequence[jax.Array] | None = None,
   score: Callable[[jax.Array], jax.Array] = _identity,
 ) -> list[jax.Array]:
   """`select_smallest` for a list of arrays, as the transformations use it.
@@ -121,111 +138,129 @@ def select(
   Args:
     values: the arrays whose `score` is ranked.
     k: of shape (1,) for one selection over all arrays, or (len(values),) for one in each.
-    among: boolean arrays, True at the candidates.
+    selected: boolean arrays, True at what comes first, whatever its score.
     score: an elementwise function that is exact, such as the absolute value. It is computed anew
       in each pass, so that the scores are never written to memory.
 
   Returns:
-    Boolean arrays, True where selected.
+    Boolean arrays, True where selected, or `selected` before.
   """
   if not values:
     return []
+  sizes = [v.size for v in values]
   pooled = k.low.shape[0] == 1
   dtype = jnp.result_type(*(v.dtype for v in values))
-  among = [None] * len(values) if among is None else list(among)
+  key_type = _UNSIGNED[dtype.itemsize]
+  word_type = np.promote_types(key_type, np.uint32)
+  largest = np.array(np.iinfo(word_type).max, word_type)
+  offsets = counts.from_ints(np.cumsum([0, *sizes[:-1]]) if pooled else [0] * len(sizes))
+  selected = [None] * len(values) if selected is None else list(selected)
 
-  def candidates_that(test, *vectors):
-    """For each array, the predicates that `test` returns, at the candidates."""
+  def predicates(test, *vectors):
+    """For each array, what `test` says of its keys and positions, given a scalar of each vector."""
     # Tied to the loop's own variables, so that XLA computes keys and positions in each pass instead
     # of hoisting them out of the loop, into memory.
-    arrays, candidates, vectors = lax.optimization_barrier((list(values), among, vectors))
+    arrays, firsts, vectors = lax.optimization_barrier((list(values), selected, vectors))
     found = []
-    for i, (array, candidate) in enumerate(zip(arrays, candidates)):
+    for i, (array, first) in enumerate(zip(arrays, firsts)):
       key = _ordinal(_widened(score(array), dtype))
+      if first is not None:
+        key = jnp.where(first, key_type(0), key)
       scalars = (v[0] if v.shape[0] == 1 else v[i] for v in vectors)
-      predicates = test(key, _positions(key, vectors[0][0].astype(jnp.uint32)), *scalars)
-      found.append(predicates if candidate is None else [p & candidate for p in predicates])
+      found.append(test(key, _positions(key, vectors[0][0].astype(jnp.uint32)), *scalars))
     return found
 
-  def count(test, *vectors):
-    found = candidates_that(test, *vectors)
-    words = jnp.stack([counts.count_true(*predicates) for predicates in found], axis=-1)
+  def in_arrays(place):
+    """A place in the tree as a position in each array."""
+    position = place - offsets
+    return jnp.where(position.high > 0, np.uint32(2**32 - 1), position.low)
+
+  def count_before(by_key, bound, numbers):
+    """How many keys are less than each number; or which equal the bound, and lie at a place before
+    it.
+    """
+    numbers = [
+      jnp.where(by_key, _word(n, word_type), in_arrays(n).astype(word_type)) for n in numbers
+    ]
+
+    def test(key, position, by_key, bound, *numbers):
+      place = jnp.where(key == bound, position.astype(word_type), largest)
+      number = jnp.where(by_key, key.astype(word_type), place)
+      return [number < n for n in numbers]
+
+    found = predicates(test, by_key[None], _word(bound, key_type), *numbers)
+    words = jnp.stack([counts.count_true(*of_array) for of_array in found], axis=-1)
     return counts.total(words) if pooled else counts.widen(words)
 
-  # First the largest bound on the scores that at most k of them lie below...
-  def count_below(bounds):
-    return count(
-      lambda key, _, *bounds: [key < b for b in bounds], *(_word(b, key_type) for b in bounds)
-    )
+  available = counts.from_ints([sum(sizes)] if pooled else sizes)
+  bound, place = _search(
+    count_before,
+    counts.minimum(k, available),
+    key_bits=8 * dtype.itemsize,
+    place_bits=(sum(sizes) if pooled else max(sizes)).bit_length(),
+  )
 
-  key_type = _UNSIGNED[dtype.itemsize]
-  nothing = counts.widen(jnp.zeros_like(k.low))
-  bound, below = _search(count_below, k, nothing, dtype.itemsize * 8)
-  bound = _word(bound, key_type)
-
-  # ... then, of the scores that equal the bound, how many fit, as a position in the whole tree.
-  sizes = [v.size for v in values]
-  offsets = counts.from_ints(np.cumsum([0, *sizes[:-1]]) if pooled else [0] * len(sizes))
-
-  def comes_first(key, position, bound, end):
+  def comes_before(key, position, bound, end):
     return (key < bound) | ((key == bound) & (position < end))
 
-  def ends(place):
-    """The position in each array before which scores that equal the bound come first."""
-    end = place - offsets
-    return jnp.where(end.high > 0, np.uint32(2**32 - 1), end.low)
-
-  def count_first(places):
-    return count(
-      lambda key, position, bound, *ends: [comes_first(key, position, bound, e) for e in ends],
-      bound,
-      *(ends(place) for place in places),
-    )
-
-  places = sum(sizes) if pooled else max(sizes)
-  place, _ = _search(count_first, k, below, places.bit_length())
-  selected = candidates_that(lambda *args: [comes_first(*args)], bound, ends(place))
-  return [predicate for (predicate,) in selected]
+  before = predicates(comes_before, _word(bound, key_type), in_arrays(place))
+  return [b if first is None else b | first for b, first in zip(before, selected)]
 
 
 def _search(
-  count_below: Callable[[Sequence[Count]], Count], k: Count, below: Count, bits: int
+  count_before: Callable[[jax.Array, Count, Sequence[Count]], Count],
+  k: Count,
+  *,
+  key_bits: int,
+  place_bits: int,
 ) -> tuple[Count, Count]:
-  """The largest numbers of so many bits that at most k things lie below.
+  """The largest pair of a bound and a place that at most k weights come before.
 
-  Stops early at numbers that exactly k lie below, whether or not they are the largest.
+  Those come before it whose key is less than the bound, or equals it and lies before the place. The
+  pair is found two bits at a time from the highest bit of the bound to the lowest of the place, or
+  to where exactly k weights come before, whether or not it is the largest then.
 
   Args:
-    count_below: takes three vectors of numbers; returns how many things lie below each of them, as
-      three rows.
+    count_before: takes whether the bound is still to be found, the bound so far, and three vectors
+      of numbers to be tried as the bound, or else as the place; returns how many keys are less than
+      each, or else how many keys equal the bound and lie before each, as three rows.
     k: a vector.
-    below: how many lie below zero.
-    bits: of the numbers.
+    key_bits: of the bound, an even number.
+    place_bits: of the place.
 
   Returns:
-    The numbers, and how many things lie below them.
+    The vectors of bounds and of places.
   """
+  nothing = counts.widen(jnp.zeros_like(k.low))
+  place_bits += place_bits % 2
 
   def unfinished(carry):
-    shift, _, below = carry
-    return (shift >= 0) & ~jnp.all(below.equals(k))
+    shift, _, _, before, _ = carry
+    return (shift >= 0) & ~jnp.all(before.equals(k))
 
   def find_two_bits(carry):
-    shift, number, below = carry
-    step = counts.power_of_two(shift)
+    shift, bound, place, before, less = carry
+    by_key = shift >= place_bits
+    number = counts.where(by_key, bound, place)
+    step = counts.power_of_two(jnp.where(by_key, shift - place_bits, shift))
     larger = [number + step]
     larger.append(larger[0] + step)
     larger.append(larger[1] + step)
-    found = count_below(larger)
+    found = count_before(by_key, bound, larger)
     for i, candidate in enumerate(larger):
-      fits = found[i] <= k
+      total = less + found[i]
+      fits = total <= k
       number = counts.where(fits, candidate, number)
-      below = counts.where(fits, found[i], below)
-    return shift - 2, number, below
+      before = counts.where(fits, total, before)
+    bound = counts.where(by_key, number, bound)
+    place = counts.where(by_key, place, number)
+    # At the last bits of the bound, the keys that are less than it have all been counted.
+    less = counts.where(shift == place_bits, before, less)
+    return shift - 2, bound, place, before, less
 
-  start = (jnp.int32((bits - 1) // 2 * 2), counts.widen(jnp.zeros_like(k.low)), below)
-  _, number, below = lax.while_loop(unfinished, find_two_bits, start)
-  return number, below
+  start = (jnp.int32(key_bits + place_bits - 2), nothing, nothing, nothing, nothing)
+  _, bound, place, _, _ = lax.while_loop(unfinished, find_two_bits, start)
+  return bound, place
 
 
 def _word(count: Count, dtype) -> jax.Array:
