@@ -38,13 +38,11 @@ def prune_active(
     weights, treedef = jax.tree.flatten(call.params)
     if not weights:
       return call.masks
-    # Where masks are still all True, XLA would spend minutes counting them when it compiles.
-    masks = jax.lax.optimization_barrier(jax.tree.leaves(call.masks))
     shapes = [w.shape for w in weights]
     k = counts.from_ints(
       goal(call.count, call.params, lambda s: allocation_lib.count_pruned(shapes, s, allocation))
     )
-    select = functools.partial(selection.select, k=k, selected=[~m for m in masks])
+    select = functools.partial(selection.select, k=k, active=jax.tree.leaves(call.masks))
     if criterion is criteria.magnitude:
       # The absolute value is exact, so that it need not be written to memory.
       pruned = select(weights, score=jnp.abs)

@@ -91,11 +91,10 @@ def _select_among(
   """Selects what is no candidate first, and then leaves it out."""
   if not scores:
     return []
-  excluded = [~c for c in candidates]
-  words = jnp.stack([counts.count_true(e)[0] for e in excluded])
+  words = jnp.stack([counts.count_true(~c)[0] for c in candidates])
   pooled = k.low.shape[0] == 1
   before = counts.total(words) if pooled else counts.widen(words)
-  selected = select(scores, k + before, selected=excluded)
+  selected = select(scores, k + before, active=candidates)
   return [s & c for s, c in zip(selected, candidates)]
 
 
@@ -130,7 +129,7 @@ def select(
   values: Sequence[jax.Array],
   k: Count,
   *,
-  selected: Sequence[jax.Array] | None = None,
+  active: Sequence[jax.Array] | None = None,
   score: Callable[[jax.Array], jax.Array] = _identity,
 ) -> list[jax.Array]:
   """`select_smallest` for a list of arrays, as the transformations use it.
@@ -138,12 +137,12 @@ def select(
   Args:
     values: the arrays whose `score` is ranked.
     k: of shape (1,) for one selection over all arrays, or (len(values),) for one in each.
-    selected: boolean arrays, True at what comes first, whatever its score.
+    active: boolean arrays, False at what comes first, whatever its score.
     score: an elementwise function that is exact, such as the absolute value. It is computed anew
       in each pass, so that the scores are never written to memory.
 
   Returns:
-    Boolean arrays, True where selected, or `selected` before.
+    Boolean arrays, True where selected or not active.
   """
   if not values:
     return []
@@ -154,18 +153,18 @@ def select(
   word_type = np.promote_types(key_type, np.uint32)
   largest = np.array(np.iinfo(word_type).max, word_type)
   offsets = counts.from_ints(np.cumsum([0, *sizes[:-1]]) if pooled else [0] * len(sizes))
-  selected = [None] * len(values) if selected is None else list(selected)
+  active = [None] * len(values) if active is None else list(active)
 
   def predicates(test, *vectors):
     """For each array, what `test` says of its keys and positions, given a scalar of each vector."""
     # Tied to the loop's own variables, so that XLA computes keys and positions in each pass instead
     # of hoisting them out of the loop, into memory.
-    arrays, firsts, vectors = lax.optimization_barrier((list(values), selected, vectors))
+    arrays, masks, vectors = lax.optimization_barrier((list(values), active, vectors))
     found = []
-    for i, (array, first) in enumerate(zip(arrays, firsts)):
+    for i, (array, mask) in enumerate(zip(arrays, masks)):
       key = _ordinal(_widened(score(array), dtype))
-      if first is not None:
-        key = jnp.where(first, key_type(0), key)
+      if mask is not None:
+        key = jnp.where(mask, key, key_type(0))
       scalars = (v[0] if v.shape[0] == 1 else v[i] for v in vectors)
       found.append(test(key, _positions(key, vectors[0][0].astype(jnp.uint32)), *scalars))
     return found
@@ -204,7 +203,7 @@ def select(
     return (key < bound) | ((key == bound) & (position < end))
 
   before = predicates(comes_before, _word(bound, key_type), in_arrays(place))
-  return [b if first is None else b | first for b, first in zip(before, selected)]
+  return [b if mask is None else b | ~mask for b, mask in zip(before, active)]
 
 
 def _search(
