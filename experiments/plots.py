@@ -1,12 +1,14 @@
 """Pictures of runs, made from their metrics."""
 
 import pathlib
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 
 import sparsejax
+from experiments.recipes import Recipe
 
 
 def plot_run(
@@ -23,9 +25,13 @@ def plot_run(
   figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
   figure.suptitle(title)
   epochs = [line["epoch"] + 1 for line in metrics]
-  for name, color in (("train_accuracy", "C0"), ("validation_accuracy", "C1")):
-    label = name.replace("_", " ")
-    left.plot(epochs, [100 * line[name] for line in metrics], color=color, label=label)
+  for name in ("train_accuracy", "validation_accuracy", "test_accuracy"):
+    # Not each recipe measures each of them in each epoch.
+    known = [
+      (line["epoch"] + 1, 100 * line[name]) for line in metrics if line.get(name) is not None
+    ]
+    if known:
+      left.plot(*zip(*known), label=name.replace("_", " "))
   left.plot([], [], "k--", label="sparsity")
   left.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 101))
   left.xaxis.get_major_locator().set_params(integer=True)
@@ -45,32 +51,48 @@ def plot_run(
 
 
 def plot_table(
-  path: pathlib.Path, title: str, results: dict[str, dict[int, dict[str, Any]]]
+  path: pathlib.Path,
+  series: Mapping[str, Sequence[str]],
+  recipes: Mapping[str, Recipe],
+  results: Mapping[str, Mapping[int, dict[str, Any]]],
 ) -> None:
-  """Draws the test accuracy of each run beside what is published.
+  """Draws test accuracy over sparsity: our runs, their means, and what is published.
 
-  Runs that collapsed fall out of the picture; the legend counts them.
+  Runs that collapsed fall out of the picture; the title counts them.
 
   Args:
     path: of the PNG to write.
-    title: of the picture.
+    series: names of recipes, by the label of the line that they make.
+    recipes: all recipes, by name.
     results: by recipe and seed, the contents of `result.json`.
   """
-  figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-  collapsed = 0
-  for i, runs in enumerate(results.values()):
-    for published in {run["config"]["published"] for run in runs.values()} - {None}:
-      axes.plot(published, i, "D", color="C1")
-    for run in runs.values():
-      if run["collapsed_in_epoch"] is not None:
-        collapsed += 1
-        continue
-      axes.plot(run["test_accuracy"], i, "o", color="C0", alpha=0.6)
-  axes.plot([], [], "o", color="C0", label=f"one seed ({collapsed} collapsed, not shown)")
-  axes.plot([], [], "D", color="C1", label="published")
-  axes.set_yticks(range(len(results)), list(results))
-  axes.set(title=title, xlabel="test accuracy of the last epoch (%)")
-  axes.invert_yaxis()
-  axes.legend()
+  sets = list(dict.fromkeys(recipes[name].data for names in series.values() for name in names))
+  figure, axes = plt.subplots(
+    1, len(sets), figsize=(6 * len(sets), 5), layout="constrained", squeeze=False
+  )
+  runs = [run for of_recipe in results.values() for run in of_recipe.values()]
+  collapsed = sum(run["collapsed_in_epoch"] is not None for run in runs)
+  figure.suptitle(f"{len(runs)} runs" + f", of which {collapsed} collapsed" * bool(collapsed))
+  for i, (label, names) in enumerate(series.items()):
+    axis, color = axes[0, sets.index(recipes[names[0]].data)], f"C{i}"
+    means = {}
+    for name in names:
+      published, at = recipes[name].published, 100 * recipes[name].sparsity
+      if published is not None:
+        axis.errorbar(
+          at, published.accuracy, published.spread, fmt="D", mfc="none", color=color, capsize=3
+        )
+      accuracies = [
+        run["test_accuracy"] for run in results[name].values() if run["collapsed_in_epoch"] is None
+      ]
+      axis.plot([at] * len(accuracies), accuracies, ".", color=color, alpha=0.5)
+      if accuracies:
+        means[at] = statistics.mean(accuracies)
+    axis.plot(list(means), list(means.values()), "-o", color=color, label=label)
+  for data, axis in zip(sets, axes[0]):
+    axis.plot([], [], "D", mfc="none", color="k", label="published")
+    axis.plot([], [], ".", color="k", label="one seed")
+    axis.set(title=data, xlabel="sparsity (%)", ylabel="test accuracy (%)")
+    axis.legend()
   figure.savefig(path, dpi=100)
   plt.close(figure)

@@ -1,47 +1,72 @@
 """Reproduces a table: trains all its runs, then writes the table and a figure.
 
-    python -m experiments.reproduce lenet-mnist --data-dir DIR
+    python -m experiments.reproduce progressive --data-dir DIR
 
-Each finished run leaves a JSON in experiments/results/TABLE; runs that have one are not trained
-again, and interrupted ones resume.
+Each finished run leaves a JSON in experiments/results/runs; runs that have one are not trained
+again, and interrupted ones resume. The table and the figure are made of these files alone.
 """
 
 import dataclasses
 import json
+import math
 import pathlib
 import statistics
+import time
 from typing import Any, Literal
 
 import tyro
 
 from experiments import plots
 from experiments import train as train_lib
-from experiments.recipes import RECIPES
+from experiments.recipes import RECIPES, Published
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+SEEDS = (42, 123, 456, 789, 999)
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """A run of each recipe with each seed."""
+  """A run of each recipe with each seed.
 
-  recipes: tuple[str, ...]
-  seeds: tuple[int, ...] = (42, 123, 456, 789, 999)
+  Attributes:
+    series: names of recipes, by the label of the line that they make in the figure.
+    seeds: of each recipe.
+  """
 
+  series: dict[str, tuple[str, ...]]
+  seeds: tuple[int, ...] = SEEDS
+
+  @property
+  def recipes(self) -> tuple[str, ...]:
+    return tuple(name for names in self.series.values() for name in names)
+
+
+_LENET = {
+  "LeNet-300-100": ("lenet300-mnist-dense", "lenet300-mnist-78.9", "lenet300-mnist-98"),
+  "LeNet-300-100, learning rate 0.05": ("lenet300-mnist-78.9-lr0.05",),
+}
 
 TABLES = {
-  "lenet-mnist": Table(
-    (
-      "lenet300-mnist-dense",
-      "lenet300-mnist-78.9",
-      "lenet300-mnist-78.9-lr0.05",
-      "lenet300-mnist-98",
-    )
+  # arXiv 2606.12278, all its runs.
+  "progressive": Table(
+    {
+      "ResNet-18": tuple(
+        f"resnet18-cifar10-{name}" for name in ("dense", "70", "72.9", "75", "80", "85", "90", "95")
+      ),
+      "VGG-like": ("vgg-like-cifar10-97",),
+      "VGG-19": ("vgg19-cifar10-98",),
+      "VGG-19, plain cosine": ("vgg19-cifar10-98-cosine",),
+      **_LENET,
+    }
   ),
+  # Its runs on MNIST.
+  "lenet-mnist": Table(_LENET),
   # How far seeds spread: eight more of the run that is closest to the limit.
-  "lenet-mnist-98-seeds": Table(("lenet300-mnist-98",), seeds=(1, 2, 3, 4, 5, 6, 7, 8)),
-  # How far rounding spreads: the same seeds as above under another release of JAX.
-  "lenet-mnist-98-jax": Table(("lenet300-mnist-98",)),
+  "lenet-mnist-98-seeds": Table(
+    {"LeNet-300-100": ("lenet300-mnist-98",)}, seeds=(1, 2, 3, 4, 5, 6, 7, 8)
+  ),
+  # Not of the paper: whether ResNet-20 learns on a CPU in a short time.
+  "resnet20-cifar10-short": Table({"ResNet-20, 12 epochs": ("resnet20-cifar10-short",)}, (42,)),
 }
 
 
@@ -51,75 +76,118 @@ class Options:
 
   table: tyro.conf.Positional[Literal[tuple(TABLES)]]
   """Which one."""
+  recipes: tuple[str, ...] = ()
+  """Train only these of its recipes; by default all."""
+  seeds: tuple[int, ...] = ()
+  """Train only with these of its seeds; by default all."""
   data_dir: pathlib.Path | None = None
   """Directory of the data set; see the README."""
   results: pathlib.Path = RESULTS
-  """Where results go, into a folder for each table."""
+  """Where results go."""
   runs: pathlib.Path = pathlib.Path("runs")
   """Where runs go, with their checkpoints."""
+  time_limit: float = math.inf
+  """Seconds after which no run goes on; the same command resumes."""
   train: bool = True
   """Whether to train the runs that have no result yet."""
 
+  def __post_init__(self):
+    table = TABLES[self.table]
+    for name, given, known in (
+      ("recipes", self.recipes, table.recipes),
+      ("seeds", self.seeds, table.seeds),
+    ):
+      if unknown := set(given) - set(known):
+        raise ValueError(
+          f"{name}={sorted(unknown)} are not of the table {self.table}: choose of"
+          f" {', '.join(map(str, known))}"
+        )
+
 
 def reproduce(options: Options) -> str:
-  """Trains what is missing, and writes `table.md` and `figure.png`.
+  """Trains what is missing, and writes the table and the figure.
 
   Returns:
     The table in Markdown.
   """
-  folder = options.results / options.table
+  deadline = time.perf_counter() + options.time_limit
   table = TABLES[options.table]
-  results = {}
-  for name in table.recipes:
-    results[name] = {}
-    for seed in table.seeds:
-      path = folder / f"{name}-seed{seed}.json"
-      if not path.exists() and options.train:
-        out = options.runs / name / f"seed{seed}"
-        result = train_lib.train(
-          train_lib.Run(RECIPES[name], name, seed, data_dir=options.data_dir, out=out)
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
-      if path.exists():
-        results[name][seed] = json.loads(path.read_text())
+  if options.train:
+    for name in options.recipes or table.recipes:
+      for seed in options.seeds or table.seeds:
+        left = deadline - time.perf_counter()
+        if left > 0 and not (path := _result_path(options, name, seed)).exists():
+          out = options.runs / name / f"seed{seed}"
+          run = train_lib.Run(
+            RECIPES[name], name, seed, data_dir=options.data_dir, out=out, time_limit=left
+          )
+          if (result := train_lib.train(run)) is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result, indent=2) + "\n")
+  results = {
+    name: {
+      seed: json.loads(path.read_text())
+      for seed in table.seeds
+      if (path := _result_path(options, name, seed)).exists()
+    }
+    for name in table.recipes
+  }
   text = make_table(results, table.seeds)
-  if any(results.values()):
-    (folder / "table.md").write_text(text)
-    plots.plot_table(folder / "figure.png", options.table, results)
+  options.results.mkdir(parents=True, exist_ok=True)
+  (options.results / f"{options.table}.md").write_text(text)
+  plots.plot_table(options.results / f"{options.table}.png", table.series, RECIPES, results)
   return text
+
+
+def _result_path(options: Options, name: str, seed: int) -> pathlib.Path:
+  return options.results / "runs" / f"{name}-seed{seed}.json"
 
 
 def make_table(results: dict[str, dict[int, dict[str, Any]]], seeds: tuple[int, ...]) -> str:
   """The results of recipes, by seed, as a table in Markdown."""
-  lines = [
-    "| recipe | pruned | published | mean of all | mean without collapsed | "
-    + " | ".join(f"seed {seed}" for seed in seeds)
-    + " |",
-    "| --- | --- | --- | --- | --- |" + " --- |" * len(seeds),
-  ]
+  header = ["recipe", "pruned", "published", "ours", "hardware", "time of a run"]
+  lines = [header + [f"seed {seed}" for seed in seeds]]
+  lines.append(["---"] * len(lines[0]))
   for name, runs in results.items():
-    published = RECIPES[name].published
-    cells = [
-      f"`{name}`",
-      " / ".join(sorted({f"{run['pruned']:,} of {run['pool']:,}" for run in runs.values()})) or "-",
-      "-" if published is None else f"{published:.2f}",
-      _mean([run["test_accuracy"] for run in runs.values()]),
-      _mean([r["test_accuracy"] for r in runs.values() if r["collapsed_in_epoch"] is None]),
-    ]
-    for seed in seeds:
-      if seed not in runs:
-        cells.append("not run")
-        continue
-      epoch = runs[seed]["collapsed_in_epoch"]
-      collapsed = "" if epoch is None else f" (collapsed in epoch {epoch})"
-      cells.append(f"{runs[seed]['test_accuracy']:.2f}{collapsed}")
-    lines.append("| " + " | ".join(cells) + " |")
+    done = runs.values()
+    lines.append(
+      [
+        f"`{name}`",
+        _different(f"{run['pruned']:,} of {run['pool']:,}" for run in done),
+        _published(RECIPES[name].published),
+        _ours(list(done)),
+        _different(run["device"] for run in done),
+        f"{statistics.mean(run['seconds']['train'] for run in done):,.0f} s" if done else "-",
+        *(_seed(runs.get(seed)) for seed in seeds),
+      ]
+    )
+  rows = "".join("| " + " | ".join(line) + " |\n" for line in lines)
   return (
-    "\n".join(lines)
-    + "\n\nTest accuracy in per cent, of the last epoch; mean, standard deviation over seeds and"
-    " their number. Epochs count from 0.\n"
+    f"{rows}\nTest accuracy in per cent, of the last epoch unless it says otherwise: mean, standard"
+    " deviation over seeds and their number. The time is that of training, without compilation and"
+    " validation. Epochs count from 0.\n"
   )
+
+
+def _published(published: Published | None) -> str:
+  if published is None:
+    return "-"
+  spread = "" if published.spread is None else f" ± {published.spread:.2f}"
+  best = ", best epoch" if published.epoch == "best" else ""
+  time = "" if published.seconds is None else f", {published.seconds:,.0f} s"
+  return f"{published.accuracy:.2f}{spread} (n = {published.runs}{best}{time})"
+
+
+def _ours(runs: list[dict[str, Any]]) -> str:
+  """The mean over runs, and that of runs which did not collapse where some did."""
+  means = [_mean([run["test_accuracy"] for run in runs])]
+  alive = [run["test_accuracy"] for run in runs if run["collapsed_in_epoch"] is None]
+  if len(alive) < len(runs):
+    means.append(f"without collapsed ones {_mean(alive)}")
+  best = [run["best_test_accuracy"] for run in runs if run["best_test_accuracy"]]
+  if best:
+    means.append(f"best epoch {_mean([each['test_accuracy'] for each in best])}")
+  return "; ".join(means)
 
 
 def _mean(values: list[float]) -> str:
@@ -129,9 +197,20 @@ def _mean(values: list[float]) -> str:
   return f"{statistics.mean(values):.2f}{spread} (n = {len(values)})"
 
 
+def _seed(run: dict[str, Any] | None) -> str:
+  if run is None:
+    return "not run"
+  epoch = run["collapsed_in_epoch"]
+  return f"{run['test_accuracy']:.2f}" + ("" if epoch is None else f" (collapsed in epoch {epoch})")
+
+
+def _different(texts) -> str:
+  return " / ".join(sorted(set(texts))) or "-"
+
+
 def main(args: list[str] | None = None) -> None:
-  options = tyro.cli(Options, prog="python -m experiments.reproduce", args=args)
   with train_lib.errors_as_messages():
+    options = tyro.cli(Options, prog="python -m experiments.reproduce", args=args)
     print(reproduce(options))
 
 

@@ -9,12 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from flax.training import train_state
 
 import sparsejax
-from experiments import augment
+from experiments.augment import augment, normalize
 from experiments.data import Dataset
-from experiments.recipes import MODELS, Recipe
+from experiments.models import MODELS
+from experiments.recipes import Recipe
+
+
+class TrainState(train_state.TrainState):
+  """Parameters, optimizer state, step count, and the running statistics of batch normalisation."""
+
+  batch_stats: Any
 
 
 class Images(NamedTuple):
@@ -46,18 +54,18 @@ class Trainer:
   Attributes:
     steps_per_epoch: number of optimizer steps.
     init: returns the state before the first epoch.
-    epoch: (state, training images) -> (state, EpochMetrics). It uses the state's buffers for its
-      result.
-    evaluate: (params, images) -> Evaluation, on the images as they are.
-    validate: (params, images) -> Evaluation, on augmented images, the same ones each time.
+    compile_epoch: compiles and returns the function (state, training images) -> (state,
+      EpochMetrics). It uses the state's buffers for its result.
+    evaluate: (state, images) -> Evaluation, on the images as they are.
+    validate: (state, images) -> Evaluation, on augmented images, the same ones each time.
     train: training images.
-    held_out: validation images.
+    held_out: validation images; there may be none.
     test: test images, for the end.
   """
 
   steps_per_epoch: int
-  init: Callable[[], train_state.TrainState]
-  epoch: Callable[..., Any]
+  init: Callable[[], TrainState]
+  compile_epoch: Callable[[], Callable[..., tuple[TrainState, EpochMetrics]]]
   evaluate: Callable[..., Evaluation]
   validate: Callable[..., Evaluation]
   train: Images
@@ -65,65 +73,123 @@ class Trainer:
   test: Images
 
 
-def make_trainer(recipe: Recipe, dataset: Dataset, seed: int) -> Trainer:
-  """Prepares a run."""
+def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1) -> Trainer:
+  """Prepares a run.
+
+  Args:
+    recipe: what to train.
+    dataset: on what.
+    seed: decides initialisation, split, order, augmentation and dropout.
+    unroll: so many steps of an epoch are written out in one turn of its loop.
+
+  Raises:
+    ValueError: if there are fewer training images than a batch takes.
+  """
   init_key, data_key, held_out_key = jax.random.split(jax.random.key(seed), 3)
   order = np.random.default_rng(seed).permutation(len(dataset.train_labels))
+  if recipe.train_images:
+    order = order[: recipe.train_images]
   held_out = round(recipe.validation * len(order))
+  count, batch = len(order) - held_out, recipe.batch_size
+  if batch > count:
+    raise ValueError(f"batch_size={batch} must not exceed the number of training images, {count}")
+  full, rest = divmod(count, batch)
+  rest = 0 if recipe.drop_last else rest
+  steps = full + (rest > 0)
 
   def images(pixels, labels, index=slice(None)):
     return Images(jnp.asarray(pixels[index]), jnp.asarray(labels[index], jnp.int32))
 
   train = images(dataset.train_images, dataset.train_labels, order[held_out:])
-  count, batch = train.labels.size, recipe.batch_size
-  steps = -(-count // batch)
-  model = MODELS[recipe.model](classes=dataset.classes)
-  mean, std = (np.array(x, np.float32) * 255 for x in (dataset.mean, dataset.std))
+  model = MODELS[recipe.model](
+    classes=dataset.classes, width=recipe.width, dtype=jnp.dtype(recipe.dtype)
+  )
+  normalized = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
+  augmented = functools.partial(augment, augmentation=recipe.augmentation, mean=dataset.mean)
 
-  def logits(params, pixels):
-    return model.apply({"params": params}, (pixels.astype(jnp.float32) - mean) / std)
-
-  def augmented(key, pixels):
-    if not recipe.rotation and not recipe.translation:
-      return pixels
-    return augment.rotate_and_translate(
-      key, pixels, degrees=recipe.rotation, fraction=recipe.translation
-    )
-
+  @jax.jit
   def init():
-    params = model.init(init_key, jnp.zeros([1, *train.pixels.shape[1:]]))["params"]
-    return train_state.TrainState.create(
-      apply_fn=None, params=params, tx=make_optimizer(recipe, steps)
+    variables = model.init(init_key, jnp.zeros([1, *dataset.train_images.shape[1:]]))
+    return TrainState.create(
+      apply_fn=None,
+      params=variables["params"],
+      batch_stats=variables.get("batch_stats", {}),
+      tx=make_optimizer(recipe, steps),
     )
+
+  def begin(step):
+    """The key of an epoch, and the order of its images."""
+    order_key, step_key = jax.random.split(jax.random.fold_in(data_key, step // steps))
+    return step_key, jax.random.permutation(order_key, count)
+
+  def make_step(state, train, key, index):
+    augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+    pixels = normalized(augmented(augment_key, train.pixels[index]))
+    labels = train.labels[index]
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, dataset.classes), recipe.label_smoothing)
+
+    def loss(params):
+      logits, updates = model.apply(
+        {"params": params, "batch_stats": state.batch_stats},
+        pixels,
+        train=True,
+        mutable=["batch_stats"],
+        rngs={"dropout": dropout_key},
+      )
+      losses = optax.losses.softmax_cross_entropy(logits, targets)
+      return jnp.mean(losses), (logits, updates.get("batch_stats", {}))
+
+    (value, (logits, batch_stats)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels)
+    state = state.apply_gradients(grads=grads, batch_stats=batch_stats)
+    return state, jnp.array([value * labels.size, correct])
+
+  def end(state, sums):
+    loss, accuracy = sums / (full * batch + rest)
+    return EpochMetrics(loss, accuracy, sparsejax.sparsity(get_masks(recipe, state)))
 
   @functools.partial(jax.jit, donate_argnums=0)
   def epoch(state, train):
-    key = jax.random.fold_in(data_key, state.step // steps)
-    order_key, augment_key = jax.random.split(key)
-    order = jax.random.permutation(order_key, count)
-    # The last step has fewer images: it is filled up with images of no weight.
-    order = jnp.pad(order, (0, steps * batch - count)).reshape(steps, batch)
-    weights = (jnp.arange(steps * batch) < count).astype(jnp.float32).reshape(steps, batch)
+    key, order = begin(state.step)
+    state, sums = jax.lax.scan(
+      lambda state, index: make_step(state, train, key, index),
+      state,
+      order[: full * batch].reshape(full, batch),
+      unroll=unroll,
+    )
+    sums = jnp.sum(sums, axis=0)
+    if rest:
+      state, of_the_rest = make_step(state, train, key, order[full * batch :])
+      sums += of_the_rest
+    return state, end(state, sums)
 
-    def step(state, inputs):
-      index, weight, key = inputs
-      pixels, labels = augmented(key, train.pixels[index]), train.labels[index]
+  def compile_epoch():
+    state = jax.eval_shape(init)
+    on_cpu = all(device.platform == "cpu" for device in train.labels.devices())
+    if not (on_cpu and _has_convolutions(model, state, train)):
+      return epoch.lower(state, train).compile()
+    # XLA's CPU backend runs gradients of convolutions 40 times slower in a loop than outside of one
+    # (https://github.com/jax-ml/jax/issues/12868), so there each step is a call from Python.
+    key, order = jax.eval_shape(begin, state.step)
+    step = jax.jit(make_step, donate_argnums=0)
+    steps = {
+      size: step.lower(state, train, key, jax.ShapeDtypeStruct([size], order.dtype)).compile()
+      for size in {batch, rest} - {0}
+    }
+    first, last = jax.jit(begin), jax.jit(end)
 
-      def loss(params):
-        out = logits(params, pixels)
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(out, labels)
-        return jnp.sum(losses * weight) / jnp.sum(weight), out
+    def epoch_of_calls(state, train):
+      key, order = first(state.step)
+      sums = jnp.zeros(2)
+      for start in range(0, full * batch + rest, batch):
+        index = order[start : min(start + batch, full * batch + rest)]
+        state, of_step = steps[index.size](state, train, key, index)
+        sums += of_step
+      return state, last(state, sums)
 
-      (value, out), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-      correct = jnp.sum((jnp.argmax(out, axis=-1) == labels) * weight)
-      return state.apply_gradients(grads=grads), (value * jnp.sum(weight), correct)
+    return epoch_of_calls
 
-    keys = jax.random.split(augment_key, steps)
-    state, (losses, correct) = jax.lax.scan(step, state, (order, weights, keys))
-    sparsity = sparsejax.sparsity(get_masks(recipe, state))
-    return state, EpochMetrics(jnp.sum(losses) / count, jnp.sum(correct) / count, sparsity)
-
-  def evaluate(params, images, augmented):
+  def evaluate(state, images, augmented):
     # In batches of a thousand, so that no network needs memory for all images at once.
     size = images.labels.size
     batches = -(-size // 1000)
@@ -131,7 +197,8 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int) -> Trainer:
 
     def logits_of_batch(inputs):
       index, key = inputs
-      return logits(params, augmented(key, images.pixels[index]))
+      pixels = normalized(augmented(key, images.pixels[index]))
+      return model.apply({"params": state.params, "batch_stats": state.batch_stats}, pixels)
 
     keys = jax.random.split(held_out_key, batches)
     out = jax.lax.map(logits_of_batch, (index, keys)).reshape(-1, dataset.classes)[:size]
@@ -142,34 +209,68 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int) -> Trainer:
 
   return Trainer(
     steps_per_epoch=steps,
-    init=jax.jit(init),
-    epoch=epoch,
-    evaluate=jax.jit(lambda params, images: evaluate(params, images, lambda key, x: x)),
+    init=init,
+    compile_epoch=compile_epoch,
+    evaluate=jax.jit(lambda state, images: evaluate(state, images, lambda key, x: x)),
     # As published: the validation images pass through the augmentation too.
-    validate=jax.jit(lambda params, images: evaluate(params, images, augmented)),
+    validate=jax.jit(lambda state, images: evaluate(state, images, augmented)),
     train=train,
     held_out=images(dataset.train_images, dataset.train_labels, order[:held_out]),
     test=images(dataset.test_images, dataset.test_labels),
   )
 
 
+def _has_convolutions(model: nn.Module, state: TrainState, train: Images) -> bool:
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  pixels = jax.ShapeDtypeStruct([1, *train.pixels.shape[1:]], jnp.float32)
+  return "conv_general_dilated" in str(jax.make_jaxpr(model.apply)(variables, pixels))
+
+
 def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
   """SGD as published, and the pruning after it."""
-  cosine = optax.cosine_decay_schedule(recipe.learning_rate, recipe.epochs)
   links = [
+    optax.clip_by_global_norm(recipe.clip_norm) if recipe.clip_norm else optax.identity(),
     optax.add_decayed_weights(recipe.weight_decay),
-    optax.sgd(lambda count: cosine(count // steps_per_epoch), momentum=recipe.momentum),
+    optax.sgd(
+      make_learning_rate(recipe, steps_per_epoch),
+      momentum=recipe.momentum,
+      nesterov=recipe.nesterov,
+    ),
   ]
   if recipe.sparsity:
-    links.append(
-      sparsejax.progressive_pruning(
-        recipe.sparsity, steps=recipe.prune_epochs * steps_per_epoch, every=steps_per_epoch
-      )
-    )
+    links.append(make_pruning(recipe, steps_per_epoch))
   return optax.chain(*links)
 
 
-def get_masks(recipe: Recipe, state: train_state.TrainState) -> Any:
+def make_learning_rate(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
+  """A cosine that changes from epoch to epoch, and rises again after half a period."""
+  half = recipe.half_period or recipe.epochs
+  floor = recipe.final_learning_rate / recipe.learning_rate if recipe.learning_rate else 0.0
+  cosine = optax.cosine_decay_schedule(recipe.learning_rate, half, alpha=floor)
+
+  def learning_rate(count):
+    epoch = count // steps_per_epoch
+    return cosine(half - jnp.abs(half - epoch % (2 * half)))
+
+  return learning_rate
+
+
+def make_pruning(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
+  """The recipe's ramp, with a change of the masks at the start of each of its epochs."""
+  begin, steps = recipe.prune_begin * steps_per_epoch, recipe.prune_epochs * steps_per_epoch
+  if recipe.ramp == "progressive":
+    return sparsejax.progressive_pruning(
+      recipe.sparsity,
+      steps=steps,
+      every=steps_per_epoch,
+      begin=begin,
+      initial=recipe.initial_sparsity,
+    )
+  ramp = optax.linear_schedule(recipe.initial_sparsity, recipe.sparsity, steps, begin)
+  return sparsejax.gradual_pruning(ramp, every=steps_per_epoch, begin=begin, end=begin + steps)
+
+
+def get_masks(recipe: Recipe, state: TrainState) -> Any:
   """The masks of a run; of a dense one, True everywhere."""
   if recipe.sparsity:
     return sparsejax.get_masks(state.opt_state, state.params)

@@ -1,6 +1,9 @@
 import dataclasses
+import functools
 import json
+import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +13,10 @@ import chex
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from sklearn import datasets
 
-from experiments import data, train
+from experiments import checkpoints, data, train, training
+from experiments.models import vgg
 from experiments.recipes import RECIPES
 
 ROOT = pathlib.Path(train.__file__).parents[1]
@@ -30,20 +35,72 @@ def tiny_mnist(name, data_dir=None):
   )
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_runs_on_tiny_data(name, tmp_path, monkeypatch):
-  monkeypatch.setattr(data, "load", tiny_mnist)
-  recipe = RECIPES[name]
-  short = dataclasses.replace(recipe, epochs=2, prune_epochs=min(recipe.prune_epochs, 2))
-  result = train.train(train.Run(short, name, seed=1, out=tmp_path / "run"))
+def photographs():
+  """Patches of 32x32 pixels from two photographs; the label is the strip that one comes from."""
+  rng = np.random.default_rng(0)
+  images, labels = np.zeros((700, 32, 32, 3), np.uint8), rng.integers(0, 10, 700).astype(np.int32)
+  photos = datasets.load_sample_images().images
+  for i, label in enumerate(labels):
+    photo = photos[label % 2]
+    width = photo.shape[1] // 5
+    y = rng.integers(0, photo.shape[0] - 32)
+    x = label // 2 * width + rng.integers(0, width - 32)
+    images[i] = photo[y : y + 32, x : x + 32]
+  return images, labels
 
-  assert result["pruned"] == result["pool"] - round((1 - recipe.sparsity) * result["pool"])
-  assert json.loads((tmp_path / "run/result.json").read_text()) == result
-  lines = read_metrics(tmp_path / "run")
+
+load = data.load
+
+
+def real_images(name, data_dir=None):
+  """Images inside of scikit-learn, in the shape of the data set that a recipe asks for."""
+  del data_dir
+  digits = load("digits")
+  if name == "digits":
+    return digits
+  if name == "mnist":
+    images, labels = digits.train_images, digits.train_labels
+    images = np.pad(images.repeat(3, axis=1).repeat(3, axis=2), ((0, 0), (2, 2), (2, 2), (0, 0)))
+  else:
+    images, labels = photographs()
+  moments = (0.5,) * images.shape[-1]
+  return data.Dataset(
+    name, images[:600], labels[:600], images[600:], labels[600:], moments, moments
+  )
+
+
+def same_but_for_sparsity(name):
+  return dataclasses.replace(RECIPES[name], sparsity=0.5, prune_epochs=9, published=None)
+
+
+def test_recipes_of_one_series_differ_in_sparsity_alone():
+  name = "resnet18-cifar10-72.9"
+  for other in ("70", "75", "80", "85", "90", "95"):
+    assert same_but_for_sparsity(f"resnet18-cifar10-{other}") == same_but_for_sparsity(name)
+
+
+# One of each series: the test above speaks for the others.
+@pytest.mark.parametrize(
+  "name", [name for name in RECIPES if not re.search(r"resnet18-cifar10-(?!dense|72.9)", name)]
+)
+def test_the_smoke_version_of_each_recipe_runs_on_real_images(name, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(data, "load", real_images)
+  recipe, out = RECIPES[name], tmp_path / "run"
+  result = train.train(train.Run(recipe, name, seed=1, out=out, smoke=True))
+
+  pool = result["pool"]
+  sparsity = np.float32(recipe.sparsity) if recipe.ramp == "linear" else recipe.sparsity
+  assert result["pruned"] == pool - round((1 - float(sparsity)) * pool)
+  assert json.loads((out / "result.json").read_text()) == result
+  lines = read_metrics(out)
   assert [line["epoch"] for line in lines] == [0, 1]
-  assert lines[-1]["sparsity"] == pytest.approx(recipe.sparsity, abs=1e-5)
-  assert (tmp_path / "run/plot.png").read_bytes().startswith(b"\x89PNG")
-  assert "prunable" in (tmp_path / "run/summary.txt").read_text()
+  assert lines[-1]["sparsity"] == pytest.approx(recipe.sparsity, abs=1 / pool)
+  assert all(np.isfinite(line["loss"]) for line in lines)
+  assert (result["best_test_accuracy"] is not None) == (recipe.best_above < 1)
+  assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
+  assert "prunable" in (out / "summary.txt").read_text()
+  empty = [layer["name"] for layer in result["layers"] if not layer["active"]]
+  assert ("WARNING: no active weight is left in" in capsys.readouterr().out) == bool(empty)
 
 
 def read_metrics(folder):
@@ -77,6 +134,98 @@ def test_a_killed_run_resumes_with_bit_identical_results(tmp_path):
   for line in lines[0] + lines[1]:
     del line["seconds"]
   assert lines[0] == lines[1]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+  """A recipe with batch norm, dropout and a last batch that is not full."""
+  network = functools.partial(
+    vgg.VGG, convolutions=(1, 1, 0, 0, 0), hidden=(16,), dropout=(0.0, 0.5), width=0.1
+  )
+  monkeypatch.setitem(training.MODELS, "tiny", network)
+  monkeypatch.setattr(data, "load", real_images)
+  recipe = dataclasses.replace(
+    RECIPES["vgg-like-cifar10-97"],
+    model="tiny",
+    dtype="float32",
+    width=0.1,
+    epochs=4,
+    prune_epochs=3,
+    batch_size=100,
+  )
+  return train.Run(recipe, "tiny")
+
+
+def test_a_run_stops_at_the_time_limit_and_resumes_with_bit_identical_results(
+  tiny, tmp_path, capsys
+):
+  whole = train.train(dataclasses.replace(tiny, out=tmp_path / "whole"))
+  run = dataclasses.replace(tiny, out=tmp_path / "cut", time_limit=1e-9)
+  for epochs in (1, 2, 3):
+    assert train.train(run) is None
+    assert f"Stopped at the time limit after {epochs} of 4 epochs" in capsys.readouterr().out
+    with checkpoints.open_checkpoints(run.folder / "checkpoints") as saved:
+      assert max(saved._manager.all_steps()) == epochs
+    assert not (run.folder / "result.json").exists()
+  cut = train.train(run)
+  chex.assert_trees_all_equal(final_state(tmp_path / "cut"), final_state(tmp_path / "whole"))
+  assert cut["test_accuracy"] == whole["test_accuracy"]
+  assert [line["epoch"] for line in read_metrics(tmp_path / "cut")] == [0, 1, 2, 3]
+
+
+def test_a_run_without_a_time_limit_in_sight_is_not_cut(tiny, tmp_path):
+  assert train.train(dataclasses.replace(tiny, out=tmp_path, time_limit=3600.0)) is not None
+
+
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(tiny, tmp_path):
+  whole = train.train(dataclasses.replace(tiny, out=tmp_path / "whole"))
+  run = dataclasses.replace(tiny, out=tmp_path / "cut", time_limit=1e-9)
+  for _ in range(3):
+    train.train(run)
+  files = [path for path in (run.folder / "checkpoints/3").rglob("*") if path.is_file()]
+  largest = max(files, key=lambda path: path.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:-9])
+  with pytest.warns(UserWarning, match="after 3 epochs is damaged, going back to 2"):
+    result = train.train(dataclasses.replace(run, time_limit=3600.0))
+  assert result["test_accuracy"] == whole["test_accuracy"]
+  chex.assert_trees_all_equal(final_state(tmp_path / "cut"), final_state(tmp_path / "whole"))
+
+
+def test_the_best_epoch_by_the_test_set_is_reported_beside_the_last(tiny, tmp_path):
+  recipe = dataclasses.replace(tiny.recipe, best_above=0.5)
+  result = train.train(dataclasses.replace(tiny, recipe=recipe, out=tmp_path))
+  lines = read_metrics(tmp_path)
+  # The ramp to 97 % takes three epochs.
+  assert ["test_accuracy" in line for line in lines] == [False, True, True, True]
+  tested = {line["epoch"]: 100 * line["test_accuracy"] for line in lines[1:]}
+  best = result["best_test_accuracy"]
+  assert best["test_accuracy"] == max(tested.values()) == tested[best["epoch"]]
+  assert result["test_accuracy"] == tested[3]
+
+
+def test_without_validation_images_the_accuracy_is_unknown_and_a_collapse_still_seen(
+  tiny, tmp_path
+):
+  recipe = dataclasses.replace(tiny.recipe, validation=0.0, learning_rate=1e9)
+  result = train.train(dataclasses.replace(tiny, recipe=recipe, out=tmp_path))
+  assert all(line["validation_accuracy"] is None for line in read_metrics(tmp_path))
+  assert result["collapsed_in_epoch"] == 0
+
+
+def test_a_device_that_is_not_there_is_an_error_before_anything_else(tiny, tmp_path, monkeypatch):
+  monkeypatch.delattr(data, "load")
+  with pytest.raises(ValueError, match="device=tpu is asked for, but JAX finds only: cpu"):
+    train.train(dataclasses.replace(tiny, out=tmp_path / "run", device="tpu"))
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_can_be_asked_for_the_same_bits_each_time(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+  monkeypatch.setattr(train, "train", lambda run: None)
+  train.main(["lenet300-digits"])
+  assert "deterministic" not in os.environ["XLA_FLAGS"]
+  train.main(["lenet300-digits", "--deterministic"])
+  assert os.environ["XLA_FLAGS"].endswith("--xla_gpu_deterministic_ops=true")
 
 
 def test_a_folder_with_another_run_is_left_alone(tmp_path, monkeypatch):
@@ -134,6 +283,13 @@ def test_an_epoch_that_was_survived_is_no_collapse():
     (["lenet300-digits", "--epochs", "100"], "prune_epochs=120"),
     (["lenet300-digits", "--seed", "-1"], "seed=-1"),
     (["lenet300-digits", "--checkpoint-every", "0"], "checkpoint_every=0"),
+    (["lenet300-digits", "--time-limit", "0"], "time_limit=0"),
+    (["lenet300-digits", "--batch-size", "2000"], "batch_size=2000"),
+    (["lenet300-digits", "--device", "tpu"], "device=tpu"),
+    (["lenet300-digits", "--initial-sparsity", "0.95"], "initial_sparsity=0.95"),
+    (["lenet300-digits", "--translation", "2"], "translation=2"),
+    (["resnet18-cifar10-80", "--prune-begin", "1"], "prune_epochs=200"),
+    (["vgg19-cifar10-98", "--epochs", "299"], "prune_epochs=290"),
     (["lenet300-digits", "--model", "lenet"], "lenet300"),
   ],
 )

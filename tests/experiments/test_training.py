@@ -1,31 +1,19 @@
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 import sparsejax
-from experiments import data, training
+from experiments import augment, data, training
 from experiments.models import lenet
 from experiments.recipes import RECIPES
 
 DIGITS = RECIPES["lenet300-digits"]
-
-
-def test_lenet300_has_the_published_number_of_parameters():
-  model = lenet.LeNet300(classes=10)
-  params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
-  assert sum(p.size for p in jax.tree.leaves(params)) == 266_610
-
-
-def test_kernels_start_with_kaimings_fan_out_and_biases_at_zero():
-  params = lenet.LeNet300(classes=10).init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
-  for layer in params.values():
-    fan_out = layer["kernel"].shape[1]
-    assert np.std(layer["kernel"]) == pytest.approx(np.sqrt(2 / fan_out), rel=0.05)
-    assert not np.any(layer["bias"])
 
 
 def test_the_published_split_leaves_53400_images_for_training():
@@ -49,7 +37,9 @@ def test_training_and_validation_images_are_disjoint_and_follow_the_seed():
 
 def test_an_epoch_sees_each_image_once_with_equal_weight():
   # Without learning, the mean loss of the epoch is the mean over all images, the last ones too.
-  recipe = dataclasses.replace(DIGITS, learning_rate=0.0, sparsity=0.0, rotation=0.0)
+  recipe = dataclasses.replace(
+    DIGITS, learning_rate=0.0, sparsity=0.0, augmentation=augment.Augmentation()
+  )
   digits = data.load("digits")
   trainer = training.make_trainer(recipe, digits, seed=0)
   assert trainer.train.labels.size % recipe.batch_size
@@ -58,14 +48,61 @@ def test_an_epoch_sees_each_image_once_with_equal_weight():
   logits = lenet.LeNet300(classes=10).apply({"params": state.params}, pixels)
   losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, trainer.train.labels)
   accuracy = np.mean(np.argmax(logits, axis=-1) == trainer.train.labels)
-  state, metrics = trainer.epoch(state, trainer.train)
+  state, metrics = trainer.compile_epoch()(state, trainer.train)
   assert int(state.step) == trainer.steps_per_epoch
   np.testing.assert_allclose(metrics.loss, np.mean(losses), rtol=1e-5)
   np.testing.assert_allclose(metrics.accuracy, accuracy, atol=1e-6)
 
 
-def test_the_optimizer_is_sgd_with_coupled_decay_and_a_cosine_by_epochs():
-  recipe = dataclasses.replace(DIGITS, sparsity=0.0, epochs=3, learning_rate=0.1)
+def test_what_does_not_fill_a_batch_can_be_dropped():
+  recipe = dataclasses.replace(DIGITS, drop_last=True, sparsity=0.0)
+  trainer = training.make_trainer(recipe, data.load("digits"), seed=0)
+  state, metrics = trainer.compile_epoch()(trainer.init(), trainer.train)
+  assert trainer.train.labels.size == 1283
+  assert int(state.step) == trainer.steps_per_epoch == 10
+  assert 0 < float(metrics.accuracy) * 1280 == pytest.approx(round(float(metrics.accuracy) * 1280))
+
+
+def test_only_so_many_training_images_are_used_and_none_need_be_held_out():
+  recipe = dataclasses.replace(DIGITS, train_images=300, validation=0.0)
+  trainer = training.make_trainer(recipe, data.load("digits"), seed=0)
+  assert trainer.train.labels.size == 300
+  assert trainer.held_out.labels.size == 0
+
+
+def test_a_batch_that_is_larger_than_the_data_is_an_error():
+  recipe = dataclasses.replace(DIGITS, batch_size=1300)
+  with pytest.raises(ValueError, match="batch_size=1300 must not exceed"):
+    training.make_trainer(recipe, data.load("digits"), seed=0)
+
+
+def test_labels_are_smoothed():
+  recipe = dataclasses.replace(
+    DIGITS,
+    learning_rate=0.0,
+    sparsity=0.0,
+    label_smoothing=0.1,
+    augmentation=augment.Augmentation(),
+  )
+  digits = data.load("digits")
+  trainer = training.make_trainer(recipe, digits, seed=0)
+  state = trainer.init()
+  pixels = (np.asarray(trainer.train.pixels) / 255 - digits.mean) / digits.std
+  logits = np.asarray(lenet.LeNet300(classes=10).apply({"params": state.params}, pixels))
+  log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+  of_label = np.take_along_axis(log_p, np.asarray(trainer.train.labels)[:, None], axis=-1)
+  # As torch defines it: a tenth is spread over all classes, the right one included.
+  expected = -(0.9 * of_label.mean() + 0.1 * log_p.mean())
+  _, metrics = trainer.compile_epoch()(state, trainer.train)
+  np.testing.assert_allclose(metrics.loss, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_the_optimizer_is_sgd_with_coupled_decay_and_a_cosine_by_epochs(nesterov, clip_norm):
+  recipe = dataclasses.replace(
+    DIGITS, sparsity=0.0, epochs=3, learning_rate=0.1, nesterov=nesterov, clip_norm=clip_norm
+  )
   tx = training.make_optimizer(recipe, steps_per_epoch=2)
   rng = np.random.default_rng(0)
   params = {"kernel": rng.standard_normal((3, 2)).astype(np.float32)}
@@ -76,17 +113,111 @@ def test_the_optimizer_is_sgd_with_coupled_decay_and_a_cosine_by_epochs():
     updates, state = tx.update({"kernel": gradient}, state, params)
     params = optax.apply_updates(params, updates)
     rate = 0.1 / 2 * (1 + np.cos(np.pi * (step // 2) / 3))
-    buffer = 0.9 * buffer + gradient + 5e-4 * expected
-    expected = expected - rate * buffer
+    norm = np.linalg.norm(gradient)
+    assert norm > 1
+    decayed = (gradient / norm if clip_norm else gradient) + 5e-4 * expected
+    buffer = 0.9 * buffer + decayed
+    expected = expected - rate * (decayed + 0.9 * buffer if nesterov else buffer)
     np.testing.assert_allclose(params["kernel"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_learning_rate_of_vgg19_falls_and_rises_again():
+  rate = training.make_learning_rate(RECIPES["vgg19-cifar10-98"], steps_per_epoch=390)
+  for epoch in (0, 1, 25, 49, 50, 51, 99, 100, 101, 250, 399):
+    # The closed form of torch's CosineAnnealingLR(T_max=50, eta_min=1e-4).
+    expected = 1e-4 + (0.1 - 1e-4) * (1 + np.cos(np.pi * epoch / 50)) / 2
+    for count in (390 * epoch, 390 * epoch + 389):
+      assert float(rate(jnp.int32(count))) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_plain_cosine_of_vgg19_ends_at_the_final_learning_rate():
+  rate = training.make_learning_rate(RECIPES["vgg19-cifar10-98-cosine"], steps_per_epoch=390)
+  for epoch in (0, 200, 399):
+    expected = 1e-4 + (0.1 - 1e-4) * (1 + np.cos(np.pi * epoch / 400)) / 2
+    assert float(rate(jnp.int32(390 * epoch))) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_ramp_of_vgg19_is_the_published_one():
+  recipe = RECIPES["vgg19-cifar10-98"]
+  tx = training.make_pruning(recipe, steps_per_epoch=1)
+  params = {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal((100, 1000)))}
+  update = jax.jit(tx.update)
+  state, pruned = tx.init(params), []
+  for _ in range(recipe.epochs):
+    updates, state = update({"kernel": jnp.zeros((100, 1000))}, state, params)
+    params = optax.apply_updates(params, updates)
+    pruned.append(int((params["kernel"] == 0).sum()))
+  # Epochs are counted from 1, as published.
+  expected = [
+    0 if epoch < 10 else 100_000 * (0.5 + 0.48 * (min(epoch, 300) - 10) / 290)
+    for epoch in range(1, 401)
+  ]
+  # The schedule is optax's, in float32.
+  np.testing.assert_allclose(pruned, expected, atol=0.51)
+  assert pruned[299:] == [98_000] * 101
+
+
+class Small(nn.Module):
+  """A convolution, batch normalisation and dropout."""
+
+  classes: int
+  width: float = 1.0
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, images, train=False):
+    x = nn.Conv(4, (3, 3), strides=2, dtype=self.dtype)(images)
+    x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+    x = nn.Dropout(0.5, deterministic=not train)(x.reshape(len(x), -1))
+    return nn.Dense(self.classes)(x)
+
+
+@pytest.fixture
+def small(monkeypatch):
+  monkeypatch.setitem(training.MODELS, "small", Small)
+  return dataclasses.replace(DIGITS, model="small", epochs=2, prune_epochs=2, train_images=300)
+
+
+def test_steps_called_one_by_one_make_the_epoch_that_one_program_makes(small, monkeypatch):
+  trainer = training.make_trainer(small, data.load("digits"), seed=0)
+  assert trainer.train.labels.size % small.batch_size
+  called, of_calls = trainer.compile_epoch()(trainer.init(), trainer.train)
+  monkeypatch.setattr(training, "_has_convolutions", lambda *_: False)
+  scanned, of_scan = trainer.compile_epoch()(trainer.init(), trainer.train)
+  chex.assert_trees_all_close(called, scanned, rtol=1e-4, atol=1e-5)
+  chex.assert_trees_all_close(of_calls, of_scan, rtol=1e-4)
+  assert int(called.step) == 3
+
+
+def test_only_networks_with_convolutions_are_called_step_by_step(small):
+  trainer = training.make_trainer(small, data.load("digits"), seed=0)
+  state = jax.eval_shape(trainer.init)
+  assert training._has_convolutions(Small(classes=10), state, trainer.train)
+  trainer = training.make_trainer(DIGITS, data.load("digits"), seed=0)
+  state = jax.eval_shape(trainer.init)
+  assert not training._has_convolutions(lenet.LeNet300(classes=10), state, trainer.train)
+
+
+def test_training_keeps_running_statistics_and_evaluation_uses_them(small):
+  trainer = training.make_trainer(small, data.load("digits"), seed=0)
+  before = trainer.init()
+  np.testing.assert_array_equal(before.batch_stats["BatchNorm_0"]["mean"], 0)
+  expected = trainer.evaluate(before, trainer.test)
+  state, _ = trainer.compile_epoch()(trainer.init(), trainer.train)
+  assert np.all(state.batch_stats["BatchNorm_0"]["mean"] != 0)
+  # Evaluation changes nothing, and knows no dropout.
+  assert trainer.evaluate(before, trainer.test) == expected
+  other = state.replace(batch_stats=jax.tree.map(lambda x: 100 * x, state.batch_stats))
+  assert trainer.evaluate(other, trainer.test) != trainer.evaluate(state, trainer.test)
 
 
 def test_sparsity_rises_linearly_with_the_epochs_to_the_published_one():
   recipe = dataclasses.replace(DIGITS, epochs=5, prune_epochs=3, sparsity=0.9)
   trainer = training.make_trainer(recipe, data.load("digits"), seed=0)
   state, reached = trainer.init(), []
+  epoch = trainer.compile_epoch()
   for _ in range(recipe.epochs):
-    state, metrics = trainer.epoch(state, trainer.train)
+    state, metrics = epoch(state, trainer.train)
     zeros = sum(int(jnp.sum(p == 0)) for p in jax.tree.leaves(state.params) if p.ndim == 2)
     reached.append(zeros)
     np.testing.assert_allclose(metrics.sparsity, zeros / 50_200, atol=1e-6)
@@ -95,10 +226,11 @@ def test_sparsity_rises_linearly_with_the_epochs_to_the_published_one():
 
 def test_a_network_with_dead_units_is_seen_as_constant():
   trainer = training.make_trainer(DIGITS, data.load("digits"), seed=0)
-  params = trainer.init().params
-  assert not trainer.evaluate(params, trainer.test).constant
+  state = trainer.init()
+  assert not trainer.evaluate(state, trainer.test).constant
+  params = state.params
   dead = {**params, "Dense_1": jax.tree.map(lambda p: -jnp.abs(p) - 1, params["Dense_1"])}
-  assert trainer.evaluate(dead, trainer.test).constant
+  assert trainer.evaluate(state.replace(params=dead), trainer.test).constant
 
 
 def test_masks_of_a_dense_run_are_full():
