@@ -5,7 +5,7 @@ from typing import Literal
 
 import tyro
 
-from experiments.augment import Augmentation
+from experiments.augment import PIPELINES, Augmentation
 from experiments.models import MODELS
 
 
@@ -178,17 +178,7 @@ RECIPES["resnet18-cifar10-dense"] = Recipe(
   epochs=200,
   learning_rate=0.1,
   label_smoothing=0.1,
-  augmentation=Augmentation(
-    crop=4,
-    flip=True,
-    rotation=15.0,
-    brightness=0.2,
-    contrast=0.2,
-    saturation=0.2,
-    hue=0.1,
-    erasing=0.5,
-    erase_to="black",
-  ),
+  augmentation=PIPELINES["A"],
   published=Published(95.27, seconds=3222),
 )
 RECIPES |= {
@@ -245,18 +235,7 @@ RECIPES["vgg19-cifar10-98"] = Recipe(
   initial_sparsity=0.5,
   ramp="linear",
   label_smoothing=0.1,
-  augmentation=Augmentation(
-    crop=4,
-    flip=True,
-    rotation=15.0,
-    brightness=0.2,
-    contrast=0.2,
-    saturation=0.2,
-    hue=0.1,
-    translation=0.1,
-    erasing=0.1,
-    erase_to="mean",
-  ),
+  augmentation=PIPELINES["B"],
   drop_last=True,
   validation=0.0,
   best_above=0.97,

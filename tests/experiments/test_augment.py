@@ -11,16 +11,16 @@ import tyro
 from PIL import Image, ImageEnhance
 from sklearn import datasets
 
-from experiments import augment, data, published
+from experiments import augment, colors, data, published
 
 # Compiled once for each shape, because a step on its own compiles operation by operation.
 ADJUSTMENTS = [
   jax.jit(adjust)
   for adjust in (
-    augment.adjust_brightness,
-    augment.adjust_contrast,
-    augment.adjust_saturation,
-    augment.adjust_hue,
+    colors.adjust_brightness,
+    colors.adjust_contrast,
+    colors.adjust_saturation,
+    colors.adjust_hue,
   )
 ]
 rotate = jax.jit(augment.rotate)
@@ -29,7 +29,7 @@ RANDOM = {
   "crop": functools.partial(augment.random_crop, padding=4),
   "flip": augment.random_flip,
   "rotation": functools.partial(augment.random_rotation, degrees=15.0),
-  "color": functools.partial(augment.color_jitter, **JITTER),
+  "color": functools.partial(colors.random_jitter, **JITTER),
   "translation": functools.partial(augment.random_translation, fraction=0.1),
   "erasing": functools.partial(augment.random_erasing, probability=0.5),
 }
@@ -161,9 +161,9 @@ def test_grey_images_have_brightness_and_contrast(digits):
   images = np.asarray(digits / 255, np.float32)
   factors = jnp.full(len(images), 0.7)
   mean = images.mean(axis=(1, 2, 3), keepdims=True)
-  np.testing.assert_allclose(augment.adjust_brightness(images, factors), 0.7 * images, atol=1e-6)
+  np.testing.assert_allclose(colors.adjust_brightness(images, factors), 0.7 * images, atol=1e-6)
   np.testing.assert_allclose(
-    augment.adjust_contrast(images, factors), 0.7 * images + 0.3 * mean, atol=1e-6
+    colors.adjust_contrast(images, factors), 0.7 * images + 0.3 * mean, atol=1e-6
   )
 
 
@@ -207,7 +207,7 @@ def test_adjustments_are_made_one_after_the_other_in_the_order_of_each_image(pho
   amounts = rng.uniform(1.2, 2.5, (4, len(orders))).astype(np.float32)
   amounts[3] = rng.uniform(-0.5, 0.5, len(orders))
   given = [jnp.asarray(a) if name in present else None for name, a in zip("bcsh", amounts)]
-  got = jax.jit(augment.adjust_colors)(images, jnp.asarray(orders), *given)
+  got = jax.jit(colors.adjust_colors)(images, jnp.asarray(orders), *given)
   for i, order in enumerate(orders):
     want = images[i : i + 1]
     for adjustment in np.argsort(order):
@@ -219,7 +219,7 @@ def test_adjustments_are_made_one_after_the_other_in_the_order_of_each_image(pho
 def test_several_adjustments_of_bytes_are_rounded_once(photos, rng):
   order = jnp.tile(jnp.arange(4), (len(photos), 1))
   amounts = [jnp.asarray(rng.uniform(0.1, 0.9, len(photos)).astype(np.float32)) for _ in range(4)]
-  adjust = jax.jit(augment.adjust_colors)
+  adjust = jax.jit(colors.adjust_colors)
   want = adjust((photos / 255).astype(np.float32), order, *amounts)
   np.testing.assert_allclose(adjust(photos, order, *amounts), 255 * want, atol=0.501)
 
@@ -302,12 +302,12 @@ EXTENTS = dict(brightness=0.9, contrast=1.5, saturation=0.9, hue=0.4)
 
 @pytest.fixture(scope="module")
 def amounts():
-  """What `color_jitter` draws, (4, 2000), from images of two pixels under one step at a time."""
+  """What `random_jitter` draws, (4, 2000), from images of two pixels under one step at a time."""
   pixels = jnp.array([[[0.25, 0.2, 0.2], [0.2, 0.2, 0.2]]], jnp.float32)
   images = jnp.tile(pixels, (2000, 1, 1, 1))
 
   def one(name):
-    jitter = functools.partial(augment.color_jitter, **{name: EXTENTS[name]})
+    jitter = functools.partial(colors.random_jitter, **{name: EXTENTS[name]})
     return np.asarray(jax.jit(jitter)(jax.random.key(0), images))[:, 0]
 
   brightness, contrast, saturation = (
@@ -337,7 +337,7 @@ def test_all_orders_of_colour_steps_are_equally_likely(amounts, rng):
   # Unless colours are clipped, some orders give the same: so they come from all of the colour cube.
   image = jnp.asarray(rng.integers(0, 4, (5, 5, 3)) / 3, jnp.float32)
   images = jnp.tile(image, (amounts.shape[1], 1, 1, 1))
-  jitter = jax.jit(functools.partial(augment.color_jitter, **EXTENTS))
+  jitter = jax.jit(functools.partial(colors.random_jitter, **EXTENTS))
   got = np.asarray(jitter(jax.random.key(0), images))
   results = []
   for order in itertools.permutations(range(4)):
@@ -431,7 +431,7 @@ def test_a_random_step_returns_the_type_and_the_shape_that_it_gets(photos, name)
 
 
 def test_a_jitter_by_nothing_changes_nothing(photos):
-  assert augment.color_jitter(jax.random.key(0), photos) is photos
+  assert colors.random_jitter(jax.random.key(0), photos) is photos
 
 
 # The pipeline.
@@ -455,7 +455,7 @@ def test_the_pipeline_takes_its_steps_in_order_each_with_its_own_key(photos, nam
     if a.rotation:
       images = augment.random_rotation(rotation, images, degrees=a.rotation)
     colors = {field: getattr(a, field) for field in JITTER}
-    images = augment.color_jitter(color, images, **colors)
+    images = colors.random_jitter(color, images, **jitter)
     if a.translation:
       images = augment.random_translation(translation, images, fraction=a.translation)
     if a.erasing:
@@ -577,9 +577,9 @@ def test_the_bounds_themselves_are_allowed(bounds):
 def test_grey_images_have_no_saturation_and_no_hue(digits, name):
   match = "1 channels: saturation and hue"
   with pytest.raises(ValueError, match=match):
-    augment.color_jitter(jax.random.key(0), digits, **{name: 0.1})
+    colors.random_jitter(jax.random.key(0), digits, **{name: 0.1})
   with pytest.raises(ValueError, match=match):
-    getattr(augment, f"adjust_{name}")(digits, jnp.ones(len(digits)))
+    getattr(colors, f"adjust_{name}")(digits, jnp.ones(len(digits)))
   a = augment.Augmentation(**{name: 0.1})
   with pytest.raises(ValueError, match=match):
     augment.augment(jax.random.key(0), digits, a, mean=(0.5,))
