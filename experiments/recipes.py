@@ -249,16 +249,16 @@ RECIPES["vgg19-cifar10-98-cosine"] = dataclasses.replace(
   RECIPES["vgg19-cifar10-98"], half_period=0, best_above=1.0, published=None
 )
 
-# A quick look at learning on a CPU: ResNet-20 for 12 epochs, 80 % pruned in the first 8. Not a
+# A quick look at learning on a CPU: ResNet-20 for 5 epochs, 80 % pruned in the first 3. Not a
 # published run, and far from what the network reaches with time.
 #   python -m experiments.train resnet20-cifar10-short --data-dir DIR
 RECIPES["resnet20-cifar10-short"] = Recipe(
   data="cifar10",
   model="resnet20",
-  epochs=12,
+  epochs=5,
   learning_rate=0.1,
   sparsity=0.8,
-  prune_epochs=8,
+  prune_epochs=3,
   augmentation=Augmentation(crop=4, flip=True),
 )
 

@@ -66,7 +66,7 @@ TABLES = {
     {"LeNet-300-100": ("lenet300-mnist-98",)}, seeds=(1, 2, 3, 4, 5, 6, 7, 8)
   ),
   # Not of the paper: whether ResNet-20 learns on a CPU in a short time.
-  "resnet20-cifar10-short": Table({"ResNet-20, 12 epochs": ("resnet20-cifar10-short",)}, (42,)),
+  "resnet20-cifar10-short": Table({"ResNet-20, 5 epochs": ("resnet20-cifar10-short",)}, (42,)),
 }
 
 
@@ -116,7 +116,7 @@ def reproduce(options: Options) -> str:
     for name in options.recipes or table.recipes:
       for seed in options.seeds or table.seeds:
         left = deadline - time.perf_counter()
-        if left > 0 and not (path := _result_path(options, name, seed)).exists():
+        if left > 0 and not (path := _path(options.results, name, seed)).exists():
           out = options.runs / name / f"seed{seed}"
           run = train_lib.Run(
             RECIPES[name], name, seed, data_dir=options.data_dir, out=out, time_limit=left
@@ -124,41 +124,35 @@ def reproduce(options: Options) -> str:
           if (result := train_lib.train(run)) is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result, indent=2) + "\n")
-  results = {
-    name: {
-      seed: json.loads(path.read_text())
-      for seed in table.seeds
-      if (path := _result_path(options, name, seed)).exists()
-    }
-    for name in table.recipes
-  }
-  text = make_table(results, table.seeds)
+  text = make_table(options.table, options.results)
   options.results.mkdir(parents=True, exist_ok=True)
   (options.results / f"{options.table}.md").write_text(text)
-  plots.plot_table(options.results / f"{options.table}.png", table.series, RECIPES, results)
+  plots.plot_table(
+    options.results / f"{options.table}.png",
+    table.series,
+    RECIPES,
+    _read_results(table, options.results),
+  )
   return text
 
 
-def _result_path(options: Options, name: str, seed: int) -> pathlib.Path:
-  return options.results / "runs" / f"{name}-seed{seed}.json"
-
-
-def make_table(results: dict[str, dict[int, dict[str, Any]]], seeds: tuple[int, ...]) -> str:
-  """The results of recipes, by seed, as a table in Markdown."""
+def make_table(name: str, folder: pathlib.Path) -> str:
+  """A table in Markdown of the results in a folder."""
+  table = TABLES[name]
   header = ["recipe", "pruned", "published", "ours", "hardware", "time of a run"]
-  lines = [header + [f"seed {seed}" for seed in seeds]]
+  lines = [header + [f"seed {seed}" for seed in table.seeds]]
   lines.append(["---"] * len(lines[0]))
-  for name, runs in results.items():
-    done = runs.values()
+  for recipe, runs in _read_results(table, folder).items():
+    done = list(runs.values())
     lines.append(
       [
-        f"`{name}`",
-        _different(f"{run['pruned']:,} of {run['pool']:,}" for run in done),
-        _published(RECIPES[name].published),
-        _ours(list(done)),
-        _different(run["device"] for run in done),
+        f"`{recipe}`",
+        _different([f"{run['pruned']:,} of {run['pool']:,}" for run in done]),
+        _published(RECIPES[recipe].published),
+        _ours(done),
+        _different([run["device"] for run in done]),
         f"{statistics.mean(run['seconds']['train'] for run in done):,.0f} s" if done else "-",
-        *(_seed(runs.get(seed)) for seed in seeds),
+        *(_seed(runs.get(seed)) for seed in table.seeds),
       ]
     )
   rows = "".join("| " + " | ".join(line) + " |\n" for line in lines)
@@ -167,6 +161,22 @@ def make_table(results: dict[str, dict[int, dict[str, Any]]], seeds: tuple[int, 
     " deviation over seeds and their number. The time is that of training, without compilation and"
     " validation. Epochs count from 0.\n"
   )
+
+
+def _read_results(table: Table, folder: pathlib.Path) -> dict[str, dict[int, dict[str, Any]]]:
+  """What there is, by recipe and seed."""
+  return {
+    name: {
+      seed: json.loads(path.read_text())
+      for seed in table.seeds
+      if (path := _path(folder, name, seed)).exists()
+    }
+    for name in table.recipes
+  }
+
+
+def _path(folder: pathlib.Path, name: str, seed: int) -> pathlib.Path:
+  return folder / "runs" / f"{name}-seed{seed}.json"
 
 
 def _published(published: Published | None) -> str:
@@ -204,7 +214,7 @@ def _seed(run: dict[str, Any] | None) -> str:
   return f"{run['test_accuracy']:.2f}" + ("" if epoch is None else f" (collapsed in epoch {epoch})")
 
 
-def _different(texts) -> str:
+def _different(texts: list[str]) -> str:
   return " / ".join(sorted(set(texts))) or "-"
 
 

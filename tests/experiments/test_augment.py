@@ -454,7 +454,7 @@ def test_the_pipeline_takes_its_steps_in_order_each_with_its_own_key(photos, nam
       images = augment.random_flip(flip, images)
     if a.rotation:
       images = augment.random_rotation(rotation, images, degrees=a.rotation)
-    colors = {field: getattr(a, field) for field in JITTER}
+    jitter = {field: getattr(a, field) for field in JITTER}
     images = colors.random_jitter(color, images, **jitter)
     if a.translation:
       images = augment.random_translation(translation, images, fraction=a.translation)

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import pathlib
 
 import pytest
 
@@ -8,47 +7,65 @@ from experiments import reproduce
 from experiments.recipes import RECIPES
 
 
-def result(name, accuracy, collapsed=None):
+def result(name, accuracy, collapsed=None, best=None):
+  del name
   return {
-    "config": {"published": RECIPES[name].published},
     "test_accuracy": accuracy,
+    "best_test_accuracy": best and {"test_accuracy": best, "epoch": 1},
     "pruned": 78,
     "pool": 100,
     "collapsed_in_epoch": collapsed,
+    "device": "cpu",
+    "seconds": {"compile": 1.0, "train": 61.5},
   }
 
 
 @pytest.fixture
 def folder(tmp_path):
-  table = tmp_path / "lenet-mnist"
-  table.mkdir()
+  (tmp_path / "runs").mkdir()
   name = "lenet300-mnist-78.9"
   for seed, accuracy, collapsed in ((42, 98.0, None), (123, 99.0, None), (456, 10.0, 0)):
-    path = table / f"{name}-seed{seed}.json"
+    path = tmp_path / f"runs/{name}-seed{seed}.json"
     path.write_text(json.dumps(result(name, accuracy, collapsed)))
+  path = tmp_path / "runs/vgg19-cifar10-98-seed42.json"
+  path.write_text(json.dumps(result("vgg19-cifar10-98", 83.0, best=93.25)))
   return tmp_path
+
+
+def row_of(table, name):
+  (row,) = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")]
+  return row
 
 
 def test_the_table_counts_seeds_reports_the_dead_and_says_what_was_not_run(folder):
   table = reproduce.reproduce(reproduce.Options("lenet-mnist", results=folder, train=False))
-  row = next(line for line in table.splitlines() if line.startswith("| `lenet300-mnist-78.9` |"))
+  row = row_of(table, "lenet300-mnist-78.9")
   assert "78 of 100" in row
-  assert "| 98.88 |" in row
-  assert "69.00 ± 51.10 (n = 3)" in row
-  assert "98.50 ± 0.71 (n = 2)" in row
+  assert "| 98.88 (n = 1, 1,850 s) |" in row
+  assert "69.00 ± 51.10 (n = 3); without collapsed ones 98.50 ± 0.71 (n = 2)" in row
   assert "10.00 (collapsed in epoch 0)" in row
+  assert "| cpu | 62 s |" in row
   assert row.count("not run") == 2
-  assert (folder / "lenet-mnist/table.md").read_text() == table
-  assert (folder / "lenet-mnist/figure.png").read_bytes().startswith(b"\x89PNG")
+  assert (folder / "lenet-mnist.md").read_text() == table
+  assert (folder / "lenet-mnist.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_results_nothing_is_written(tmp_path):
-  options = reproduce.Options("lenet-mnist", results=tmp_path, train=False)
-  assert reproduce.reproduce(options).count("not run") == 4 * 7
-  assert not list(tmp_path.iterdir())
+def test_the_table_says_which_accuracies_are_of_the_best_epoch(folder):
+  table = reproduce.reproduce(reproduce.Options("progressive", results=folder, train=False))
+  row = row_of(table, "vgg19-cifar10-98")
+  assert "| 93.44 (n = 1, best epoch) |" in row
+  assert "| 83.00 (n = 1); best epoch 93.25 (n = 1) |" in row
+  row = row_of(table, "resnet18-cifar10-72.9")
+  assert "| 95.12 ± 0.09 (n = 5, 3,602 s) | not run | - | - |" in row
 
 
-def test_runs_with_a_result_are_not_trained_again(folder, monkeypatch):
+def test_every_published_run_is_in_the_table():
+  published = {name for name, recipe in RECIPES.items() if recipe.published}
+  assert len(published) == 8 + 2 + 2
+  assert published <= set(reproduce.TABLES["progressive"].recipes)
+
+
+def test_runs_with_a_result_are_not_trained_again_and_all_others_are(folder, monkeypatch):
   trained = []
 
   def fake_train(run):
@@ -57,19 +74,46 @@ def test_runs_with_a_result_are_not_trained_again(folder, monkeypatch):
     return result(run.name, 98.0)
 
   monkeypatch.setattr(reproduce.train_lib, "train", fake_train)
-  recipes = reproduce.TABLES["lenet-mnist"].recipes
-  monkeypatch.setitem(reproduce.TABLES, "lenet-mnist", reproduce.Table(recipes, seeds=(42, 789)))
-  options = reproduce.Options("lenet-mnist", results=folder)
+  options = reproduce.Options("lenet-mnist", seeds=(42, 789), results=folder)
   reproduce.reproduce(options)
   assert ("lenet300-mnist-78.9", 42) not in trained
-  assert len(trained) == 2 * len(recipes) - 1
+  assert len(trained) == 2 * len(reproduce.TABLES["lenet-mnist"].recipes) - 1
   trained.clear()
   reproduce.reproduce(options)
   assert not trained
 
 
+def test_a_run_that_stops_at_the_time_limit_is_not_a_result(folder, monkeypatch):
+  limits = []
+
+  def fake_train(run):
+    limits.append(run.time_limit)
+
+  monkeypatch.setattr(reproduce.train_lib, "train", fake_train)
+  options = reproduce.Options(
+    "lenet-mnist", recipes=("lenet300-mnist-98",), results=folder, time_limit=60.0
+  )
+  assert row_of(reproduce.reproduce(options), "lenet300-mnist-98").count("not run") == 6
+  assert len(limits) == 5 and 0 < limits[-1] <= limits[0] <= 60
+  limits.clear()
+  reproduce.reproduce(dataclasses.replace(options, time_limit=0.0))
+  assert not limits
+
+
+@pytest.mark.parametrize(
+  ("options", "said"),
+  [
+    ({"recipes": ("resnet18-cifar10-70",)}, "recipes=.'resnet18-cifar10-70'. are not of the table"),
+    ({"seeds": (1, 42)}, "seeds=.1. are not of the table lenet-mnist: choose of 42"),
+  ],
+)
+def test_what_is_not_of_the_table_is_an_error(options, said):
+  with pytest.raises(ValueError, match=said):
+    reproduce.Options("lenet-mnist", **options)
+
+
 def test_the_committed_results_are_of_the_recipes_as_they_stand():
-  committed = sorted(pathlib.Path(reproduce.RESULTS).glob("*/*-seed*.json"))
+  committed = sorted((reproduce.RESULTS / "runs").glob("*.json"))
   assert committed
   for path in committed:
     config = json.loads(path.read_text())["config"]
@@ -78,11 +122,8 @@ def test_the_committed_results_are_of_the_recipes_as_they_stand():
     assert config == dataclasses.asdict(RECIPES[name])
 
 
-@pytest.mark.parametrize("table", reproduce.TABLES)
-def test_the_committed_table_is_made_of_the_committed_results(table, tmp_path):
-  source, copy = reproduce.RESULTS / table, tmp_path / table
-  copy.mkdir()
-  for path in source.glob("*.json"):
-    (copy / path.name).write_text(path.read_text())
-  made = reproduce.reproduce(reproduce.Options(table, results=tmp_path, train=False))
-  assert made == (source / "table.md").read_text()
+@pytest.mark.parametrize("name", reproduce.TABLES)
+def test_the_committed_table_is_made_of_the_committed_results(name):
+  path = reproduce.RESULTS / f"{name}.md"
+  assert reproduce.make_table(name, reproduce.RESULTS) == path.read_text()
+  assert path.with_suffix(".png").stat().st_size < 300_000
