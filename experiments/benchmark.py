@@ -2,12 +2,14 @@
 
     python -m experiments.benchmark selection
     python -m experiments.benchmark step
+    python -m experiments.benchmark training
 
 `selection` picks the fraction of smallest magnitudes, against `jnp.argsort` of the concatenated
 scores. `step` is SGD with momentum and `optax.apply_updates`, alone and with pruning as last link,
 at calls that keep the masks and at calls that change them; once with a step for each call from
-Python, and once with the steps in a scan, as those of an epoch are. Each figure is the median over
-rounds in which all variants take turns.
+Python, and once with the steps in a scan, as those of an epoch are. `training` is whole epochs of a
+recipe on random pixels, with its pruning and without. Each figure is the median over rounds in
+which all variants take turns.
 """
 
 import contextlib
@@ -27,28 +29,47 @@ import optax
 import tyro
 
 import sparsejax
+from experiments import training
+from experiments.models import MODELS
+from experiments.published import Dataset
+from experiments.recipes import RECIPES, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
   """Measures the library against plain JAX."""
 
-  what: tyro.conf.Positional[Literal["selection", "step"]]
+  what: tyro.conf.Positional[Literal["selection", "step", "training"]]
   """What to measure."""
   trees: tuple[Literal["lenet300", "resnet18", "resnet50"], ...] = (
     "lenet300",
     "resnet18",
     "resnet50",
   )
-  """Shapes of the parameters."""
+  """Shapes of the parameters, for selection and step."""
+  recipes: tuple[Literal[tuple(RECIPES)], ...] = ("resnet18-cifar10-72.9",)
+  """What to train."""
+  dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("bfloat16",)
+  """In which the networks compute."""
+  unroll: tuple[int, ...] = (1,)
+  """How many steps of an epoch are written out in one turn of its loop."""
+  images: int = 44_500
+  """Training images of an epoch."""
   sparsity: float = 0.729
   """The fraction to prune."""
   rounds: int = 7
   """How often each variant is timed."""
 
   def __post_init__(self):
-    if not 0 <= self.sparsity < 1 or self.rounds < 1:
-      raise ValueError(f"sparsity={self.sparsity} must be in [0, 1), rounds={self.rounds} positive")
+    requirements = {
+      "sparsity": (0 <= self.sparsity < 1, "in [0, 1)"),
+      "rounds": (self.rounds >= 1, "at least 1"),
+      "unroll": (min(self.unroll) >= 1, "at least 1"),
+      "images": (self.images >= 1, "at least 1"),
+    }
+    for name, (holds, text) in requirements.items():
+      if not holds:
+        raise ValueError(f"{name}={getattr(self, name)} must be {text}")
 
 
 def lenet300() -> list[tuple[int, ...]]:
@@ -149,6 +170,86 @@ def benchmark_step(options: Options) -> list[dict[str, Any]]:
   return rows
 
 
+# Of the images in each data set.
+SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
+
+# Of dense bfloat16 matrix products, in FLOP/s, as the makers give it.
+PEAKS = {
+  "NVIDIA A100-SXM4-40GB": 312e12,
+  "NVIDIA A100-SXM4-80GB": 312e12,
+  "NVIDIA H100 80GB HBM3": 989e12,
+  "NVIDIA H200": 989e12,
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5p": 459e12,
+  "TPU v6 lite": 918e12,
+}
+
+
+def benchmark_training(options: Options) -> list[dict[str, Any]]:
+  """Epochs with the recipe's pruning and without it: for each recipe, dtype and unrolling."""
+  rows = []
+  for name, dtype, unroll in itertools.product(options.recipes, options.dtypes, options.unroll):
+    recipe = dataclasses.replace(RECIPES[name], dtype=dtype, validation=0.0)
+    dense = dataclasses.replace(recipe, sparsity=0.0, initial_sparsity=0.0)
+    dataset = _random_images(options.images, SHAPES[recipe.data])
+    started = time.perf_counter()
+    trainer = training.make_trainer(recipe, dataset, seed=0, unroll=unroll)
+    epochs = [_make_epochs(trainer)]
+    compile_seconds = time.perf_counter() - started
+    epochs.append(_make_epochs(training.make_trainer(dense, dataset, seed=0, unroll=unroll)))
+    seconds, without = _take_turns(epochs, options.rounds)
+    steps, trained = trainer.steps_per_epoch, options.images
+    flops = 3 * _forward_flops(recipe, dataset) * trained / seconds
+    peak = PEAKS.get(jax.devices()[0].device_kind)
+    rows.append(
+      {
+        "recipe": name,
+        "device": jax.devices()[0].device_kind,
+        "dtype": dtype,
+        "unroll": str(unroll),
+        "images per second": f"{trained / seconds:,.0f}",
+        "step": _milliseconds(seconds / steps),
+        "step without pruning": _milliseconds(without / steps),
+        "share of pruning": f"{1 - without / seconds:.1%}",
+        "TFLOP/s": f"{flops / 1e12:.3g}",
+        "of the matrix rate": "-" if peak is None else f"{flops / peak:.1%}",
+        "compilation and first epoch": f"{compile_seconds:.0f} s",
+        "all epochs": f"{seconds * recipe.epochs:,.0f} s",
+      }
+    )
+  return rows
+
+
+def _random_images(count: int, shape: tuple[int, ...]) -> Dataset:
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (count, *shape), np.uint8)
+  labels = rng.integers(0, 10, count).astype(np.int32)
+  moments = (0.5,) * shape[-1]
+  return Dataset("random pixels", images, labels, images[:1], labels[:1], moments, moments)
+
+
+def _make_epochs(trainer: training.Trainer) -> Callable[[], Any]:
+  """A function that trains one more epoch at each call, already called once."""
+  epoch = trainer.compile_epoch()
+  held = [trainer.init()]
+
+  def train():
+    held[0], metrics = epoch(held[0], trainer.train)
+    return metrics
+
+  jax.block_until_ready(train())
+  return train
+
+
+def _forward_flops(recipe: Recipe, dataset: Dataset) -> float:
+  """Of one image; a step takes three times that for each, by the usual count."""
+  model = MODELS[recipe.model](classes=dataset.classes, width=recipe.width)
+  image = jnp.zeros([1, *dataset.train_images.shape[1:]])
+  variables = jax.eval_shape(model.init, jax.random.key(0), image)
+  return jax.jit(model.apply).lower(variables, image).cost_analysis()["flops"]
+
+
 def _argsort(scores: list[jax.Array], k: jax.Array) -> jax.Array:
   """What selection would otherwise begin with."""
   del k
@@ -238,7 +339,11 @@ def to_markdown(rows: Sequence[dict[str, str]]) -> str:
 
 def main(args: list[str] | None = None) -> None:
   options = tyro.cli(Options, prog="python -m experiments.benchmark", args=args)
-  benchmark = {"selection": benchmark_selection, "step": benchmark_step}[options.what]
+  benchmark = {
+    "selection": benchmark_selection,
+    "step": benchmark_step,
+    "training": benchmark_training,
+  }[options.what]
   print(to_markdown(benchmark(options)))
 
 

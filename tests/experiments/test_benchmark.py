@@ -29,3 +29,22 @@ def test_a_table_is_printed(what, capsys):
     assert row.startswith("| lenet300 |")
     if what == "step":
       assert row.endswith("| 0 |")
+
+
+def test_training_is_measured_with_and_without_pruning(capsys):
+  benchmark.main(
+    ["training", "--recipes", "lenet300-digits", "--dtypes", "float32", "bfloat16"]
+    + ["--unroll", "2", "--images", "300", "--rounds", "1"]
+  )
+  header, _, *rows = capsys.readouterr().out.splitlines()
+  assert "share of pruning" in header
+  for row, dtype in zip(rows, ("float32", "bfloat16")):
+    assert row.startswith(f"| lenet300-digits | cpu | {dtype} | 2 |")
+    assert header.count("|") == row.count("|")
+
+
+def test_the_work_of_a_network_is_that_of_its_layers():
+  recipe = benchmark.RECIPES["lenet300-mnist-98"]
+  dataset = benchmark._random_images(2, benchmark.SHAPES["mnist"])
+  # Two for each weight, and little more.
+  assert 2 * 266_200 <= benchmark._forward_flops(recipe, dataset) <= 2.01 * 266_200
