@@ -118,7 +118,8 @@ def overlap(masks_a: PyTree, masks_b: PyTree, prunable: Prunable = is_kernel) ->
   a, b = (leaves_by_name(select_prunable(masks, prunable)) for masks in (masks_a, masks_b))
   per_layer, both, either = {}, 0.0, 0.0
   for name in a:
-    shared, united = counts.count_true(a[name] & b[name], a[name] | b[name]).astype(jnp.float32)
+    one, other = jax.lax.optimization_barrier((a[name], b[name]))
+    shared, united = counts.count_true(one & other, one | other).astype(jnp.float32)
     per_layer[name] = jaccard(shared, united)
     both, either = both + shared, either + united
   return Overlap(jaccard(both, either), per_layer)
@@ -136,7 +137,9 @@ def check_boolean(masks: PyTree) -> None:
 
 def count_kept(mask: jax.Array) -> jax.Array:
   """How many weights a mask keeps.  # shape=(), dtype=uint32"""
-  return counts.count_true(mask)[0]
+  # Masks that are known when compiling, such as those of a dense network, would be counted by the
+  # compiler, which takes it minutes.
+  return counts.count_true(jax.lax.optimization_barrier(mask))[0]
 
 
 def select_prunable(tree: PyTree, prunable: Prunable) -> PyTree:

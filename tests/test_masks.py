@@ -338,3 +338,12 @@ def test_a_tree_of_sparsities_that_does_not_match_is_an_error():
     sparsejax.masks_from_scores(
       {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}, {"a": 0.5, "c": 0.5}
     )
+
+
+def test_masks_that_are_known_when_compiling_are_not_counted_by_the_compiler():
+  def count():
+    masks = {"kernel": jnp.ones((20, 30), bool)}
+    return sparsejax.sparsity(masks), sparsejax.overlap(masks, masks).overall
+
+  compiled = jax.jit(count).lower().compile()
+  assert compiled.as_text().count(" reduce(") >= 2

@@ -32,10 +32,8 @@ def test_a_table_is_printed(what, capsys):
 
 
 def test_training_is_measured_with_and_without_pruning(capsys):
-  benchmark.main(
-    ["training", "--recipes", "lenet300-digits", "--dtypes", "float32", "bfloat16"]
-    + ["--unroll", "2", "--images", "300", "--rounds", "1"]
-  )
+  options = "--recipes lenet300-digits --dtypes float32 bfloat16 --unroll 2 --images 300 --rounds 1"
+  benchmark.main(["training", *options.split()])
   header, _, *rows = capsys.readouterr().out.splitlines()
   assert "share of pruning" in header
   for row, dtype in zip(rows, ("float32", "bfloat16")):
