@@ -1,12 +1,19 @@
-"""Global strictness only: eight devices on the CPU, and examples that no clock can fail."""
+"""Global settings only: eight devices, compiling each program once, examples that no clock fails."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
-# Both have to be set before anything imports jax.
+# All of these have to be set before anything imports jax.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
   [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 ).strip()
+# Different tests compile the same programs: they share them for as long as the tests run.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sparsejax-tests-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import hypothesis
 
