@@ -1,9 +1,11 @@
-"""Global settings only: eight devices, compiling each program once, examples that no clock fails."""
+"""Global settings only: eight devices, one compilation of a program, no clock for examples."""
 
 import atexit
 import os
 import shutil
 import tempfile
+
+import hypothesis
 
 # All of these have to be set before anything imports jax.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,8 +16,6 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sparsejax-tests-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-
-import hypothesis
 
 # The first example of a property pays for its compilation, so no example can have a deadline.
 hypothesis.settings.register_profile("local", deadline=None)
