@@ -10,69 +10,84 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from experiments import records
+
 _KEPT = 2
+_METRICS = "metrics.json"
 _CHECKSUMS = "checksums.json"
 
 
 class Checkpoints:
-  """The last checkpoints of a run, by number of epochs."""
+  """The last two checkpoints of a run, by number of epochs."""
 
   def __init__(self, manager: ocp.CheckpointManager):
     self._manager = manager
 
-  def save(self, epochs: int, state: Any) -> None:
-    """Writes the state after so many epochs, and removes the oldest checkpoint."""
-    self._manager.save(epochs, args=ocp.args.StandardSave(state))
-    # Only now is it whole: its checksums are the last to be written.
-    folder = self._folder(epochs)
-    temporary = folder / f"{_CHECKSUMS}.new"
-    temporary.write_text(json.dumps(_checksums(folder)))
-    temporary.replace(folder / _CHECKSUMS)
+  @property
+  def epochs(self) -> list[int]:
+    """After how many epochs there is a checkpoint, whole or not."""
+    return sorted(self._manager.all_steps())
 
-  def restore_latest(self, like: Any) -> tuple[int, Any]:
-    """Reads the latest checkpoint that is whole; warns of those that are not, and removes them.
+  def save(self, state: Any, metrics: list[dict[str, Any]]) -> None:
+    """Writes the state and the metrics of all epochs until now."""
+    epochs = len(metrics)
+    self._manager.save(epochs, args=ocp.args.StandardSave(state))
+    folder = self._folder(epochs)
+    (folder / _METRICS).write_text(json.dumps(metrics))
+    # Last of all: without them a checkpoint is unfinished.
+    records.replace_file(folder / _CHECKSUMS, json.dumps(_checksums(folder)))
+
+  def restore_latest(self, like: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """Reads the latest checkpoint that is whole; warns of later ones, and removes them.
 
     Args:
       like: a state of the same structure, shapes and types.
 
     Returns:
-      The number of epochs, and the state after them; (0, `like`) if there is no checkpoint.
+      The state and the metrics of all epochs until then; (`like`, []) if no checkpoint has ever
+      been finished.
 
     Raises:
-      ValueError: if there are checkpoints, but none is whole.
+      ValueError: if there are finished checkpoints, but all are damaged.
     """
-    damaged = {}
-    for epochs in sorted(self._manager.all_steps(), reverse=True):
-      if reason := self._damage(epochs):
-        damaged[epochs] = reason
+    reasons = {}
+    for epochs in reversed(self.epochs):
+      if reason := self._fault(epochs):
+        reasons[epochs] = reason
         continue
-      for bad, reason in damaged.items():
-        warnings.warn(
-          f"the checkpoint after {bad} epochs is damaged, going back to {epochs}: {reason}",
-          stacklevel=2,
-        )
-        self._manager.delete(bad)
-      return epochs, self._manager.restore(epochs, args=ocp.args.StandardRestore(like))
-    if damaged:
+      self._drop(reasons, f"going back to {epochs}")
+      state = self._manager.restore(epochs, args=ocp.args.StandardRestore(like))
+      return state, json.loads((self._folder(epochs) / _METRICS).read_text())
+    if any((self._folder(epochs) / _CHECKSUMS).exists() for epochs in reasons):
       raise ValueError(
         f"all checkpoints in {self._manager.directory} are damaged, remove the folder to start"
-        f" anew: {damaged[max(damaged)]}"
+        f" anew: {reasons[max(reasons)]}"
       )
-    return 0, like
+    self._drop(reasons, "starting anew")
+    return like, []
+
+  def _drop(self, reasons: dict[int, str], then: str) -> None:
+    for epochs, reason in reasons.items():
+      warnings.warn(
+        f"the checkpoint after {epochs} epochs is not whole, {then}: {reason}", stacklevel=3
+      )
+      self._manager.delete(epochs)
 
   def _folder(self, epochs: int) -> pathlib.Path:
     return pathlib.Path(self._manager.directory) / str(epochs)
 
-  def _damage(self, epochs: int) -> str | None:
+  def _fault(self, epochs: int) -> str | None:
     """What is wrong with a checkpoint."""
     folder = self._folder(epochs)
+    if not (folder / _CHECKSUMS).exists():
+      return "the run ended while it was written"
     try:
-      written = json.loads((folder / _CHECKSUMS).read_text())
-    except (OSError, ValueError):
-      return f"{_CHECKSUMS} is missing or no JSON"
+      written = dict(json.loads((folder / _CHECKSUMS).read_text()))
+    except (ValueError, TypeError):
+      return f"{_CHECKSUMS} is damaged"
     found = _checksums(folder)
-    changed = [name for name in written if written[name] != found.get(name)]
-    return f"{', '.join(changed)} is not as it was written" if changed else None
+    changed = {name for name in written | found if written.get(name) != found.get(name)}
+    return f"damaged are {', '.join(sorted(changed))}" if changed else None
 
 
 @contextlib.contextmanager
@@ -88,5 +103,5 @@ def _checksums(folder: pathlib.Path) -> dict[str, str]:
   return {
     str(path.relative_to(folder)): f"{zlib.crc32(path.read_bytes()):08x}"
     for path in sorted(folder.rglob("*"))
-    if path.is_file() and path.name != _CHECKSUMS
+    if path.is_file() and not path.name.startswith(_CHECKSUMS)
   }

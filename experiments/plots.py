@@ -58,7 +58,8 @@ def plot_table(
 ) -> None:
   """Draws test accuracy over sparsity: our runs, their means, and what is published.
 
-  Runs that collapsed fall out of the picture; the title counts them.
+  Where the accuracy of the best epoch is published, ours of that kind stands beside it. Runs that
+  collapsed fall out of the picture; the title counts them.
 
   Args:
     path: of the PNG to write.
@@ -72,7 +73,7 @@ def plot_table(
   )
   runs = [run for of_recipe in results.values() for run in of_recipe.values()]
   collapsed = sum(run["collapsed_in_epoch"] is not None for run in runs)
-  figure.suptitle(f"{len(runs)} runs" + f", of which {collapsed} collapsed" * bool(collapsed))
+  figure.suptitle(f"runs: {len(runs)}" + f", of which collapsed: {collapsed}" * bool(collapsed))
   for i, (label, names) in enumerate(series.items()):
     axis, color = axes[0, sets.index(recipes[names[0]].data)], f"C{i}"
     means = {}
@@ -80,18 +81,29 @@ def plot_table(
       published, at = recipes[name].published, 100 * recipes[name].sparsity
       if published is not None:
         axis.errorbar(
-          at, published.accuracy, published.spread, fmt="D", mfc="none", color=color, capsize=3
+          at,
+          published.accuracy,
+          published.spread,
+          fmt="D" if published.epoch == "last" else "*",
+          mfc="none",
+          color=color,
+          capsize=3,
         )
-      accuracies = [
-        run["test_accuracy"] for run in results[name].values() if run["collapsed_in_epoch"] is None
-      ]
+      alive = [run for run in results[name].values() if run["collapsed_in_epoch"] is None]
+      accuracies = [run["test_accuracy"] for run in alive]
       axis.plot([at] * len(accuracies), accuracies, ".", color=color, alpha=0.5)
+      for run in alive:
+        if run["best_test_accuracy"] is not None:
+          axis.plot(at, run["best_test_accuracy"]["test_accuracy"], "*", color=color)
       if accuracies:
         means[at] = statistics.mean(accuracies)
     axis.plot(list(means), list(means.values()), "-o", color=color, label=label)
   for data, axis in zip(sets, axes[0]):
-    axis.plot([], [], "D", mfc="none", color="k", label="published")
     axis.plot([], [], ".", color="k", label="one seed")
+    axis.plot([], [], "D", mfc="none", color="k", label="published")
+    if any(recipes[name].best_above < 1 for name in results if recipes[name].data == data):
+      axis.plot([], [], "*", color="k", label="best epoch, by the test set")
+      axis.plot([], [], "*", mfc="none", color="k", label="published, best epoch")
     axis.set(title=data, xlabel="sparsity (%)", ylabel="test accuracy (%)")
     axis.legend()
   figure.savefig(path, dpi=100)

@@ -1,6 +1,7 @@
 """Published runs, and variants of them, as frozen dataclasses; the comment above is the claim."""
 
 import dataclasses
+import math
 from typing import Literal
 
 import tyro
@@ -83,8 +84,8 @@ class Recipe:
     longest = self.epochs - self.prune_begin - (self.ramp == "linear")
     requirements = {
       "epochs": (self.epochs >= 1, "at least 1"),
-      "learning_rate": (self.learning_rate >= 0, "at least 0"),
-      "width": (self.width > 0, "positive"),
+      "learning_rate": (0 <= self.learning_rate < math.inf, "at least 0 and finite"),
+      "width": (0 < self.width < math.inf, "positive and finite"),
       "sparsity": (0 <= self.sparsity < 1, "in [0, 1)"),
       "prune_begin": (self.prune_begin >= 0, "at least 0"),
       "prune_epochs": (
@@ -99,7 +100,7 @@ class Recipe:
       "batch_size": (self.batch_size >= 1, "at least 1"),
       "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
       "clip_norm": (self.clip_norm >= 0, "at least 0"),
-      "weight_decay": (self.weight_decay >= 0, "at least 0"),
+      "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0 and finite"),
       "final_learning_rate": (
         0 <= self.final_learning_rate <= self.learning_rate,
         f"from 0 to the learning rate, {self.learning_rate}",

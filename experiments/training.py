@@ -1,4 +1,7 @@
-"""The jitted epoch: data on the device, augmentation and optimizer steps in one scan."""
+"""The jitted epoch: data on the device, augmentation and optimizer steps in one scan.
+
+Only networks with convolutions are called step by step on a CPU: see `compile_epoch`.
+"""
 
 import dataclasses
 import functools
@@ -83,14 +86,17 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
     unroll: so many steps of an epoch are written out in one turn of its loop.
 
   Raises:
-    ValueError: if there are fewer training images than a batch takes.
+    ValueError: if there are fewer training images than are asked for or than a batch takes, or if
+      they are too small for the network.
   """
   init_key, data_key, held_out_key = jax.random.split(jax.random.key(seed), 3)
-  order = np.random.default_rng(seed).permutation(len(dataset.train_labels))
+  split = np.random.default_rng(seed).permutation(len(dataset.train_labels))
+  if recipe.train_images > len(split):
+    raise ValueError(f"train_images={recipe.train_images} are more than there are, {len(split)}")
   if recipe.train_images:
-    order = order[: recipe.train_images]
-  held_out = round(recipe.validation * len(order))
-  count, batch = len(order) - held_out, recipe.batch_size
+    split = split[: recipe.train_images]
+  held_out = round(recipe.validation * len(split))
+  count, batch = len(split) - held_out, recipe.batch_size
   if batch > count:
     raise ValueError(f"batch_size={batch} must not exceed the number of training images, {count}")
   full, rest = divmod(count, batch)
@@ -100,10 +106,11 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
   def images(pixels, labels, index=slice(None)):
     return Images(jnp.asarray(pixels[index]), jnp.asarray(labels[index], jnp.int32))
 
-  train = images(dataset.train_images, dataset.train_labels, order[held_out:])
+  train = images(dataset.train_images, dataset.train_labels, split[held_out:])
   model = MODELS[recipe.model](
     classes=dataset.classes, width=recipe.width, dtype=jnp.dtype(recipe.dtype)
   )
+  _check_fit(model, recipe, train)
   normalized = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
   augmented = functools.partial(augment, augmentation=recipe.augmentation, mean=dataset.mean)
 
@@ -122,7 +129,7 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
     order_key, step_key = jax.random.split(jax.random.fold_in(data_key, step // steps))
     return step_key, jax.random.permutation(order_key, count)
 
-  def make_step(state, train, key, index):
+  def train_step(state, train, key, index):
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
     pixels = normalized(augmented(augment_key, train.pixels[index]))
     labels = train.labels[index]
@@ -152,14 +159,14 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
   def epoch(state, train):
     key, order = begin(state.step)
     state, sums = jax.lax.scan(
-      lambda state, index: make_step(state, train, key, index),
+      lambda state, index: train_step(state, train, key, index),
       state,
       order[: full * batch].reshape(full, batch),
       unroll=unroll,
     )
     sums = jnp.sum(sums, axis=0)
     if rest:
-      state, of_the_rest = make_step(state, train, key, order[full * batch :])
+      state, of_the_rest = train_step(state, train, key, order[full * batch :])
       sums += of_the_rest
     return state, end(state, sums)
 
@@ -171,19 +178,20 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
     # XLA's CPU backend runs gradients of convolutions 40 times slower in a loop than outside of one
     # (https://github.com/jax-ml/jax/issues/12868), so there each step is a call from Python.
     key, order = jax.eval_shape(begin, state.step)
-    step = jax.jit(make_step, donate_argnums=0)
-    steps = {
+    step = jax.jit(train_step, donate_argnums=0)
+    step_of = {
       size: step.lower(state, train, key, jax.ShapeDtypeStruct([size], order.dtype)).compile()
       for size in {batch, rest} - {0}
     }
-    first, last = jax.jit(begin), jax.jit(end)
+    first = jax.jit(begin).lower(state.step).compile()
+    last = jax.jit(end).lower(state, jax.ShapeDtypeStruct([2], jnp.float32)).compile()
 
     def epoch_of_calls(state, train):
       key, order = first(state.step)
       sums = jnp.zeros(2)
       for start in range(0, full * batch + rest, batch):
         index = order[start : min(start + batch, full * batch + rest)]
-        state, of_step = steps[index.size](state, train, key, index)
+        state, of_step = step_of[index.size](state, train, key, index)
         sums += of_step
       return state, last(state, sums)
 
@@ -215,9 +223,23 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
     # As published: the validation images pass through the augmentation too.
     validate=jax.jit(lambda state, images: evaluate(state, images, augmented)),
     train=train,
-    held_out=images(dataset.train_images, dataset.train_labels, order[:held_out]),
+    held_out=images(dataset.train_images, dataset.train_labels, split[:held_out]),
     test=images(dataset.test_images, dataset.test_labels),
   )
+
+
+def _check_fit(model: nn.Module, recipe: Recipe, train: Images) -> None:
+  """Raises a ValueError if nothing of an image reaches the end of the network."""
+  shape = train.pixels.shape[1:]
+  try:
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros([1, *shape]))
+    empty = any(0 in leaf.shape for leaf in jax.tree.leaves(variables))
+  except ZeroDivisionError:
+    empty = True
+  if empty:
+    raise ValueError(
+      f"model={recipe.model} needs larger images than those of {recipe.data}, {shape}"
+    )
 
 
 def _has_convolutions(model: nn.Module, state: TrainState, train: Images) -> bool:

@@ -19,18 +19,25 @@ def state_after(epochs):
   }
 
 
+def metrics_after(epochs):
+  return [{"epoch": epoch, "loss": 1 / (1 + epoch)} for epoch in range(epochs)]
+
+
 @pytest.fixture
 def folder(tmp_path):
   folder = tmp_path / "checkpoints"
   with checkpoints.open_checkpoints(folder) as saved:
     for epochs in (10, 20, 30):
-      saved.save(epochs, state_after(epochs))
+      saved.save(state_after(epochs), metrics_after(epochs))
   return folder
 
 
 def restore(folder):
+  """The number of epochs, and the state after them."""
   with checkpoints.open_checkpoints(folder) as saved:
-    return saved.restore_latest(state_after(0))
+    state, metrics = saved.restore_latest(state_after(0))
+  assert metrics == metrics_after(len(metrics))
+  return len(metrics), state
 
 
 def files_of(folder, epochs):
@@ -72,13 +79,13 @@ def test_a_checkpoint_is_skipped_with_a_warning_whichever_file_is_damaged(folder
       damaged.unlink()
     else:
       damaged.write_bytes(damage(path.read_bytes()))
-    with pytest.warns(UserWarning, match="after 30 epochs is damaged, going back to 20"):
+    with pytest.warns(UserWarning, match="after 30 epochs is not whole, going back to 20"):
       epochs, state = restore(copy)
     assert epochs == 20
     chex.assert_trees_all_equal(state, state_after(20))
     # It is out of the way of the next one.
     with checkpoints.open_checkpoints(copy) as saved:
-      saved.save(30, state_after(30))
+      saved.save(state_after(30), metrics_after(30))
     assert restore(copy)[0] == 30
 
 
@@ -96,3 +103,25 @@ def test_if_all_checkpoints_are_damaged_nothing_is_trained_anew(folder):
   with pytest.raises(ValueError, match="are damaged, remove the folder to start anew"):
     restore(folder)
   assert files_of(folder, 20) and files_of(folder, 30)
+
+
+def test_a_run_that_ended_within_its_first_checkpoint_starts_anew(tmp_path, monkeypatch):
+  folder = tmp_path / "new"
+
+  def killed(folder):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints, "_checksums", killed)
+    with checkpoints.open_checkpoints(folder) as saved, pytest.raises(KeyboardInterrupt):
+      saved.save(state_after(10), metrics_after(10))
+  with pytest.warns(UserWarning, match="not whole, starting anew: the run ended while it was"):
+    assert restore(folder)[0] == 0
+  assert restore(folder)[0] == 0
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '["state"]'])
+def test_checksums_that_say_nothing_are_no_checksums(folder, content):
+  (folder / "30/checksums.json").write_text(content)
+  with pytest.warns(UserWarning, match="going back to 20"):
+    assert restore(folder)[0] == 20

@@ -7,9 +7,9 @@ from experiments import reproduce
 from experiments.recipes import RECIPES
 
 
-def result(name, accuracy, collapsed=None, best=None):
-  del name
+def result(name, seed, accuracy, collapsed=None, best=None):
   return {
+    "config": {"recipe": name, "seed": seed, **dataclasses.asdict(RECIPES[name])},
     "test_accuracy": accuracy,
     "best_test_accuracy": best and {"test_accuracy": best, "epoch": 1},
     "pruned": 78,
@@ -26,9 +26,9 @@ def folder(tmp_path):
   name = "lenet300-mnist-78.9"
   for seed, accuracy, collapsed in ((42, 98.0, None), (123, 99.0, None), (456, 10.0, 0)):
     path = tmp_path / f"runs/{name}-seed{seed}.json"
-    path.write_text(json.dumps(result(name, accuracy, collapsed)))
+    path.write_text(json.dumps(result(name, seed, accuracy, collapsed)))
   path = tmp_path / "runs/vgg19-cifar10-98-seed42.json"
-  path.write_text(json.dumps(result("vgg19-cifar10-98", 83.0, best=93.25)))
+  path.write_text(json.dumps(result("vgg19-cifar10-98", 42, 83.0, best=93.25)))
   return tmp_path
 
 
@@ -38,7 +38,7 @@ def row_of(table, name):
 
 
 def test_the_table_counts_seeds_reports_the_dead_and_says_what_was_not_run(folder):
-  table = reproduce.reproduce(reproduce.Options("lenet-mnist", results=folder, train=False))
+  table, _ = reproduce.reproduce(reproduce.Options("lenet-mnist", results=folder, train=False))
   row = row_of(table, "lenet300-mnist-78.9")
   assert "78 of 100" in row
   assert "| 98.88 (n = 1, 1,850 s) |" in row
@@ -51,7 +51,7 @@ def test_the_table_counts_seeds_reports_the_dead_and_says_what_was_not_run(folde
 
 
 def test_the_table_says_which_accuracies_are_of_the_best_epoch(folder):
-  table = reproduce.reproduce(reproduce.Options("progressive", results=folder, train=False))
+  table, _ = reproduce.reproduce(reproduce.Options("progressive", results=folder, train=False))
   row = row_of(table, "vgg19-cifar10-98")
   assert "| 93.44 (n = 1, best epoch) |" in row
   assert "| 83.00 (n = 1); best epoch 93.25 (n = 1) |" in row
@@ -71,7 +71,7 @@ def test_runs_with_a_result_are_not_trained_again_and_all_others_are(folder, mon
   def fake_train(run):
     trained.append((run.name, run.seed))
     assert run.recipe == RECIPES[run.name]
-    return result(run.name, 98.0)
+    return result(run.name, run.seed, 98.0)
 
   monkeypatch.setattr(reproduce.train_lib, "train", fake_train)
   options = reproduce.Options("lenet-mnist", seeds=(42, 789), results=folder)
@@ -93,17 +93,47 @@ def test_a_run_that_stops_at_the_time_limit_is_not_a_result(folder, monkeypatch)
   options = reproduce.Options(
     "lenet-mnist", recipes=("lenet300-mnist-98",), results=folder, time_limit=60.0
   )
-  assert row_of(reproduce.reproduce(options), "lenet300-mnist-98").count("not run") == 6
+  table, _ = reproduce.reproduce(options)
+  assert row_of(table, "lenet300-mnist-98").count("not run") == 6
   assert len(limits) == 5 and 0 < limits[-1] <= limits[0] <= 60
   limits.clear()
-  reproduce.reproduce(dataclasses.replace(options, time_limit=0.0))
+  reproduce.reproduce(dataclasses.replace(options, time_limit=1e-9))
   assert not limits
+
+
+def test_a_result_of_another_recipe_is_an_error_that_names_the_field(folder):
+  path = folder / "runs/lenet300-mnist-98-seed42.json"
+  of_another = result("lenet300-mnist-98", 42, 97.0)
+  of_another["config"]["width"] = 0.125
+  path.write_text(json.dumps(of_another))
+  with pytest.raises(ValueError, match=r"98-seed42\.json holds a run with width=0\.125"):
+    reproduce.reproduce(reproduce.Options("lenet-mnist", results=folder, train=False))
+  path.write_text("{")
+  with pytest.raises(ValueError, match=r"98-seed42\.json is damaged"):
+    reproduce.reproduce(reproduce.Options("lenet-mnist", results=folder, train=False))
+
+
+def test_what_cannot_be_trained_does_not_stop_the_others(folder, monkeypatch):
+  trained = []
+
+  def fake_train(run):
+    if "mnist" in run.name:
+      raise reproduce.data.DataNotFound("no mnist here")
+    trained.append(run.name)
+
+  monkeypatch.setattr(reproduce.train_lib, "train", fake_train)
+  monkeypatch.setattr(reproduce, "RESULTS", folder)
+  with pytest.raises(SystemExit, match="not trained:\nlenet300-mnist-dense: no mnist here"):
+    reproduce.main(["progressive", "--seeds", "42", "--results", str(folder)])
+  assert "resnet18-cifar10-95" in trained and "vgg19-cifar10-98-cosine" in trained
+  assert (folder / "progressive.md").exists()
 
 
 @pytest.mark.parametrize(
   ("options", "said"),
   [
     ({"recipes": ("resnet18-cifar10-70",)}, "recipes=.'resnet18-cifar10-70'. are not of the table"),
+    ({"time_limit": float("nan")}, "time_limit=nan must be positive"),
     ({"seeds": (1, 42)}, "seeds=.1. are not of the table lenet-mnist: choose of 42"),
   ],
 )

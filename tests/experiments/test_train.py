@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from sklearn import datasets
 
-from experiments import checkpoints, data, train, training
+from experiments import checkpoints, data, records, train, training
 from experiments.models import vgg
 from experiments.recipes import RECIPES
 
@@ -165,7 +165,7 @@ def test_a_run_stops_at_the_time_limit_and_resumes_with_bit_identical_results(
     assert train.train(run) is None
     assert f"Stopped at the time limit after {epochs} of 4 epochs" in capsys.readouterr().out
     with checkpoints.open_checkpoints(run.folder / "checkpoints") as saved:
-      assert max(saved._manager.all_steps()) == epochs
+      assert max(saved.epochs) == epochs
     assert not (run.folder / "result.json").exists()
   cut = train.train(run)
   chex.assert_trees_all_equal(final_state(tmp_path / "cut"), final_state(tmp_path / "whole"))
@@ -185,7 +185,7 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(tiny, tmp_p
   files = [path for path in (run.folder / "checkpoints/3").rglob("*") if path.is_file()]
   largest = max(files, key=lambda path: path.stat().st_size)
   largest.write_bytes(largest.read_bytes()[:-9])
-  with pytest.warns(UserWarning, match="after 3 epochs is damaged, going back to 2"):
+  with pytest.warns(UserWarning, match="after 3 epochs is not whole, going back to 2"):
     result = train.train(dataclasses.replace(run, time_limit=3600.0))
   assert result["test_accuracy"] == whole["test_accuracy"]
   chex.assert_trees_all_equal(final_state(tmp_path / "cut"), final_state(tmp_path / "whole"))
@@ -214,7 +214,7 @@ def test_without_validation_images_the_accuracy_is_unknown_and_a_collapse_still_
 
 def test_a_device_that_is_not_there_is_an_error_before_anything_else(tiny, tmp_path, monkeypatch):
   monkeypatch.delattr(data, "load")
-  with pytest.raises(ValueError, match="device=tpu is asked for, but JAX finds only: cpu"):
+  with pytest.raises(ValueError, match="device=tpu is asked for, but JAX finds none"):
     train.train(dataclasses.replace(tiny, out=tmp_path / "run", device="tpu"))
   assert not (tmp_path / "run").exists()
 
@@ -265,11 +265,90 @@ def test_a_run_that_collapses_says_so(tmp_path, monkeypatch, capsys):
   assert all(line["collapsed"] for line in read_metrics(tmp_path))
 
 
+def test_a_folder_in_which_another_process_trains_is_left_alone(tiny, tmp_path):
+  config = {"recipe": "tiny", "seed": 42, **dataclasses.asdict(tiny.recipe)}
+  with (
+    records.open_folder(tmp_path, config),
+    pytest.raises(ValueError, match="another process is training there"),
+  ):
+    train.train(dataclasses.replace(tiny, out=tmp_path))
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_anything_else(tiny, tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ValueError, match=r"out=.*file cannot be written"):
+    train.train(dataclasses.replace(tiny, out=tmp_path / "file"))
+
+
+def test_checkpoints_without_a_config_are_left_alone(tiny, tmp_path):
+  run = dataclasses.replace(tiny, out=tmp_path, time_limit=1e-9)
+  train.train(run)
+  (tmp_path / "config.json").unlink()
+  with pytest.raises(ValueError, match=r"no config\.json that says of what"):
+    train.train(run)
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+@pytest.mark.parametrize("content", ['{"seed":', "[1]"])
+def test_a_damaged_file_in_a_folder_is_named(tiny, tmp_path, name, content):
+  (tmp_path / name).write_text(content)
+  with pytest.raises(ValueError, match=f"{name} is damaged, remove it"):
+    train.train(dataclasses.replace(tiny, out=tmp_path))
+
+
+def test_a_changed_option_of_the_augmentation_is_named_alone(tiny, tmp_path):
+  train.train(dataclasses.replace(tiny, out=tmp_path, time_limit=1e-9))
+  augmentation = dataclasses.replace(tiny.recipe.augmentation, rotation=3.0)
+  recipe = dataclasses.replace(tiny.recipe, augmentation=augmentation)
+  with pytest.raises(ValueError, match=r"holds a run with augmentation\.rotation=15\.0: choose"):
+    train.train(dataclasses.replace(tiny, recipe=recipe, out=tmp_path))
+
+
+def test_metrics_that_were_lost_come_back_from_the_checkpoint(tiny, tmp_path):
+  run = dataclasses.replace(tiny, out=tmp_path, time_limit=1e-9)
+  for _ in range(2):
+    train.train(run)
+  before = read_metrics(tmp_path)
+  (tmp_path / "metrics.jsonl").write_text('{"epoch": 0, "lo')
+  train.train(dataclasses.replace(run, time_limit=3600.0))
+  assert read_metrics(tmp_path)[:2] == before
+  assert len(read_metrics(tmp_path)) == 4
+
+
+def test_a_few_held_out_images_that_look_alike_to_a_network_are_no_collapse(tiny, tmp_path):
+  recipe = dataclasses.replace(tiny.recipe, validation=0.002, learning_rate=0.0)
+  result = train.train(dataclasses.replace(tiny, recipe=recipe, out=tmp_path))
+  assert result["collapsed_in_epoch"] is None
+  assert all(line["validation_accuracy"] in (0.0, 1.0) for line in read_metrics(tmp_path))
+
+
+def test_without_git_a_result_has_no_commit(monkeypatch):
+  monkeypatch.setenv("PATH", "")
+  assert records.provenance()["commit"] is None
+
+
+def test_images_that_are_too_small_for_a_network_are_an_error(tmp_path):
+  for model in ("vgg19", "lenet5-caffe"):
+    recipe = dataclasses.replace(RECIPES["lenet300-digits"], model=model)
+    with pytest.raises(ValueError, match=f"model={model} needs larger images"):
+      train.train(train.Run(recipe, "lenet300-digits", out=tmp_path))
+
+
+def test_determinism_that_comes_too_late_is_an_error(tiny, tmp_path):
+  with pytest.raises(ValueError, match="deterministic=True has come too late"):
+    train.train(dataclasses.replace(tiny, out=tmp_path, deterministic=True))
+
+
+def test_a_smoke_run_has_a_folder_of_its_own(tiny):
+  assert dataclasses.replace(tiny, smoke=True).folder == pathlib.Path("runs/tiny-smoke/seed42")
+  assert tiny.folder == pathlib.Path("runs/tiny/seed42")
+
+
 def test_an_epoch_that_was_survived_is_no_collapse():
   flags = [True, False, False, True, True]
   metrics = [{"epoch": epoch, "collapsed": flag} for epoch, flag in enumerate(flags)]
-  assert train._collapsed_in_epoch(metrics) == 3
-  assert train._collapsed_in_epoch(metrics[:3]) is None
+  assert records.collapsed_in_epoch(metrics) == 3
+  assert records.collapsed_in_epoch(metrics[:3]) is None
 
 
 @pytest.mark.parametrize(
@@ -285,6 +364,9 @@ def test_an_epoch_that_was_survived_is_no_collapse():
     (["lenet300-digits", "--checkpoint-every", "0"], "checkpoint_every=0"),
     (["lenet300-digits", "--time-limit", "0"], "time_limit=0"),
     (["lenet300-digits", "--batch-size", "2000"], "batch_size=2000"),
+    (["lenet300-digits", "--train-images", "2000"], "train_images=2000"),
+    (["lenet300-digits", "--learning-rate", "inf"], "learning_rate=inf"),
+    (["--seed", "3", "lenet300-mnist-98"], "The recipe comes first: lenet300-mnist-98"),
     (["lenet300-digits", "--device", "tpu"], "device=tpu"),
     (["lenet300-digits", "--initial-sparsity", "0.95"], "initial_sparsity=0.95"),
     (["lenet300-digits", "--translation", "2"], "translation=2"),
