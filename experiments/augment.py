@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-from experiments import colors, data
+from experiments import colors, commands, data
 from experiments.published import Dataset
 
 
@@ -353,11 +353,12 @@ def draw_sheet(dataset: Dataset, *, rows: int = 6, draws: int = 4, zoom: int = 2
 
 
 def main(args: list[str] | None = None) -> None:
-  options = tyro.cli(Options, prog="python -m experiments.augment", args=args)
-  sheet = draw_sheet(data.load("cifar10", options.data_dir))
-  options.out.parent.mkdir(parents=True, exist_ok=True)
-  sheet.save(options.out, optimize=True)
-  print(f"Wrote {options.out}.")
+  with commands.errors_as_messages():
+    options = tyro.cli(Options, prog="python -m experiments.augment", args=args)
+    sheet = draw_sheet(data.load("cifar10", options.data_dir))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(options.out, optimize=True)
+    print(f"Wrote {options.out}.")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import optax
 import tyro
 
 import sparsejax
-from experiments import training
+from experiments import commands, training
 from experiments.models import MODELS
 from experiments.published import Dataset
 from experiments.recipes import RECIPES, Recipe
@@ -53,8 +53,8 @@ class Options:
   """In which the networks compute."""
   unroll: tuple[int, ...] = (1,)
   """How many steps of an epoch are written out in one turn of its loop."""
-  images: int = 44_500
-  """Training images of an epoch."""
+  images: int = 0
+  """Training images, before some are held out; 0: as many as the data set has."""
   sparsity: float = 0.729
   """The fraction to prune."""
   rounds: int = 7
@@ -64,57 +64,35 @@ class Options:
     requirements = {
       "sparsity": (0 <= self.sparsity < 1, "in [0, 1)"),
       "rounds": (self.rounds >= 1, "at least 1"),
-      "unroll": (min(self.unroll) >= 1, "at least 1"),
-      "images": (self.images >= 1, "at least 1"),
+      "unroll": (min(self.unroll, default=0) >= 1, "at least 1"),
+      "images": (self.images >= 0, "at least 0"),
     }
     for name, (holds, text) in requirements.items():
       if not holds:
         raise ValueError(f"{name}={getattr(self, name)} must be {text}")
 
 
-def lenet300() -> list[tuple[int, ...]]:
-  """Shapes of the parameters of LeNet-300-100 on MNIST."""
-  return [shape for n, m in ((784, 300), (300, 100), (100, 10)) for shape in ((n, m), (m,))]
+# Networks, and the images and classes of the data set that they are used on.
+TREES = {
+  "lenet300": ("lenet300", (28, 28, 1), 10),
+  "resnet18": ("resnet18", (32, 32, 3), 10),
+  "resnet50": ("resnet50-imagenet", (224, 224, 3), 1000),
+}
 
 
-def resnet18() -> list[tuple[int, ...]]:
-  """Shapes of the parameters of ResNet-18 as used on CIFAR-10."""
-  shapes, inputs = _convolution(3, 3, 64), 64
-  for stage, width in enumerate((64, 128, 256, 512)):
-    for block in range(2):
-      shapes += _convolution(3, inputs, width) + _convolution(3, width, width)
-      if block == 0 and stage > 0:
-        shapes += _convolution(1, inputs, width)
-      inputs = width
-  return [*shapes, (512, 10), (10,)]
-
-
-def resnet50() -> list[tuple[int, ...]]:
-  """Shapes of the parameters of ResNet-50 on ImageNet."""
-  shapes, inputs = _convolution(7, 3, 64), 64
-  for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-    for block in range(blocks):
-      shapes += _convolution(1, inputs, width) + _convolution(3, width, width)
-      shapes += _convolution(1, width, 4 * width)
-      if block == 0:
-        shapes += _convolution(1, inputs, 4 * width)
-      inputs = 4 * width
-  return [*shapes, (2048, 1000), (1000,)]
-
-
-def _convolution(size: int, inputs: int, outputs: int) -> list[tuple[int, ...]]:
-  """A kernel without bias, and the scale and bias of the batch norm after it."""
-  return [(size, size, inputs, outputs), (outputs,), (outputs,)]
-
-
-TREES = {"lenet300": lenet300, "resnet18": resnet18, "resnet50": resnet50}
+def shapes_of(tree: str) -> list[tuple[int, ...]]:
+  """Shapes of the parameters of a network."""
+  name, image, classes = TREES[tree]
+  init = MODELS[name](classes=classes).init
+  params = jax.eval_shape(init, jax.random.key(0), jnp.zeros([1, *image]))["params"]
+  return [leaf.shape for leaf in jax.tree.leaves(params)]
 
 
 def benchmark_selection(options: Options) -> list[dict[str, Any]]:
   """Selects from given scores: one row for each tree."""
   rows = []
   for name in options.trees:
-    scores = [jnp.abs(w) for w in _random_like(TREES[name]()) if w.ndim >= 2]
+    scores = [jnp.abs(w) for w in _random_like(shapes_of(name)) if w.ndim >= 2]
     size = sum(s.size for s in scores)
     k = jnp.int32(round(options.sparsity * size))
     argsort = _compile(_argsort, scores, k)
@@ -147,7 +125,7 @@ def benchmark_step(options: Options) -> list[dict[str, Any]]:
   ]
   rows = []
   for name, length in itertools.product(options.trees, (1, 16)):
-    shapes = TREES[name]()
+    shapes = shapes_of(name)
     with _count_compilations() as compilations:
       steps = [_make_steps(tx, shapes, length) for tx in optimizers]
       before = len(compilations)
@@ -170,8 +148,12 @@ def benchmark_step(options: Options) -> list[dict[str, Any]]:
   return rows
 
 
-# Of the images in each data set.
-SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
+# How many training images each data set has, and their shape.
+IMAGES = {
+  "digits": (1_442, 8, 8, 1),
+  "mnist": (60_000, 28, 28, 1),
+  "cifar10": (50_000, 32, 32, 3),
+}
 
 # Of dense bfloat16 matrix products, in FLOP/s, as the makers give it.
 PEAKS = {
@@ -190,18 +172,21 @@ def benchmark_training(options: Options) -> list[dict[str, Any]]:
   """Epochs with the recipe's pruning and without it: for each recipe, dtype and unrolling."""
   rows = []
   for name, dtype, unroll in itertools.product(options.recipes, options.dtypes, options.unroll):
-    recipe = dataclasses.replace(RECIPES[name], dtype=dtype, validation=0.0)
+    recipe = dataclasses.replace(RECIPES[name], dtype=dtype)
     dense = dataclasses.replace(recipe, sparsity=0.0, initial_sparsity=0.0)
-    dataset = _random_images(options.images, SHAPES[recipe.data])
+    count, *shape = IMAGES[recipe.data]
+    dataset = _random_images(options.images or count, shape)
     started = time.perf_counter()
     trainer = training.make_trainer(recipe, dataset, seed=0, unroll=unroll)
     epochs = [_make_epochs(trainer)]
     compile_seconds = time.perf_counter() - started
     epochs.append(_make_epochs(training.make_trainer(dense, dataset, seed=0, unroll=unroll)))
     seconds, without = _take_turns(epochs, options.rounds)
-    steps, trained = trainer.steps_per_epoch, options.images
+    steps, trained = trainer.steps_per_epoch, trainer.train.labels.size
+    if recipe.drop_last:
+      trained = steps * recipe.batch_size
     flops = 3 * _forward_flops(recipe, dataset) * trained / seconds
-    peak = PEAKS.get(jax.devices()[0].device_kind)
+    peak = PEAKS.get(jax.devices()[0].device_kind) if dtype == "bfloat16" else None
     rows.append(
       {
         "recipe": name,
@@ -221,7 +206,7 @@ def benchmark_training(options: Options) -> list[dict[str, Any]]:
   return rows
 
 
-def _random_images(count: int, shape: tuple[int, ...]) -> Dataset:
+def _random_images(count: int, shape: Sequence[int]) -> Dataset:
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (count, *shape), np.uint8)
   labels = rng.integers(0, 10, count).astype(np.int32)
@@ -338,13 +323,14 @@ def to_markdown(rows: Sequence[dict[str, str]]) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-  options = tyro.cli(Options, prog="python -m experiments.benchmark", args=args)
-  benchmark = {
-    "selection": benchmark_selection,
-    "step": benchmark_step,
-    "training": benchmark_training,
-  }[options.what]
-  print(to_markdown(benchmark(options)))
+  with commands.errors_as_messages():
+    options = tyro.cli(Options, prog="python -m experiments.benchmark", args=args)
+    benchmark = {
+      "selection": benchmark_selection,
+      "step": benchmark_step,
+      "training": benchmark_training,
+    }[options.what]
+    print(to_markdown(benchmark(options)))
 
 
 if __name__ == "__main__":

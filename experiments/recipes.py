@@ -1,4 +1,9 @@
-"""Published runs, and variants of them, as frozen dataclasses; the comment above is the claim."""
+"""Published runs, and variants of them, as frozen dataclasses; the comment above is the claim.
+
+In all of them, masks change with the first step of an epoch, whose gradient is taken before the
+change (published: before the first batch); validation images are augmented the same way each time
+(published: anew); and colours are not rounded between the steps of the augmentation.
+"""
 
 import dataclasses
 import math
@@ -217,8 +222,9 @@ RECIPES["vgg-like-cifar10-97"] = dataclasses.replace(
 # than 97 % of zeros (one run, unseeded, mixed precision). The learning rate falls and rises with a
 # half-period of 50 epochs and is near its top again at the end: the last epoch had 83.85.
 # DEVIATIONS: bfloat16 in place of float16 with scaled losses; what is pruned stays pruned (there,
-# the masks are recomputed from the masked weights); N - round((1 - s) N) weights are pruned in
-# place of the whole part of s N.
+# the masks are recomputed from the masked weights, and momentum may move pruned ones between);
+# N - round((1 - s) N) weights are pruned in place of the whole part of s N; "more than 97 %" is of
+# the prunable weights (there, of these and the scales of batch norm).
 #   python -m experiments.train vgg19-cifar10-98 --data-dir DIR
 RECIPES["vgg19-cifar10-98"] = Recipe(
   data="cifar10",

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import tyro
 
-from experiments import data, plots, records
+from experiments import commands, data, plots, records
 from experiments import train as train_lib
 from experiments.recipes import RECIPES, Published
 
@@ -241,7 +241,7 @@ def _different(texts: list[str]) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-  with train_lib.errors_as_messages():
+  with commands.errors_as_messages():
     options = tyro.cli(Options, prog="python -m experiments.reproduce", args=args)
     train_lib.set_determinism(options.deterministic)
     text, failures = reproduce(options)

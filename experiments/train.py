@@ -8,7 +8,6 @@ checkpoint, on this machine or on another, with bit-identical results on a CPU, 
 --deterministic.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import json
@@ -17,7 +16,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -25,7 +24,7 @@ import tqdm
 import tyro
 
 import sparsejax
-from experiments import checkpoints, data, plots, recipes, records, training
+from experiments import checkpoints, commands, data, plots, recipes, records, training
 from experiments.recipes import RECIPES, Recipe
 
 DEFAULT_RECIPE = "lenet300-digits"
@@ -218,17 +217,6 @@ def _find_device(kind: str) -> jax.Device:
     raise ValueError(f"device={kind} is asked for, but JAX finds none: {error}") from error
 
 
-@contextlib.contextmanager
-def errors_as_messages() -> Iterator[None]:
-  """Ends a command with a message where the user can mend what is wrong."""
-  try:
-    yield
-  except (data.DataNotFound, ValueError) as error:
-    sys.exit(f"error: {error}")
-  except KeyboardInterrupt:
-    sys.exit("interrupted: the same command resumes at the last checkpoint")
-
-
 def set_determinism(deterministic: bool) -> None:
   """Asks XLA for the same bits each time on a GPU; read when JAX first looks for devices."""
   if deterministic:
@@ -246,7 +234,7 @@ def main(args: list[str] | None = None) -> None:
     close = difflib.get_close_matches(args[0], RECIPES, n=1, cutoff=0.3)
     hint = f" Did you mean {close[0]}?" if close else ""
     sys.exit(f"Unknown recipe {args[0]}.{hint} There are:\n  " + "\n  ".join(RECIPES))
-  with errors_as_messages():
+  with commands.errors_as_messages():
     run = tyro.extras.overridable_config_cli(
       {name: (_describe_recipe(recipe), Run(recipe, name)) for name, recipe in RECIPES.items()},
       prog="python -m experiments.train",

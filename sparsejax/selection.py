@@ -92,16 +92,16 @@ def _select_among(
   if not scores:
     return []
   words = jnp.stack([counts.count_true(~c)[0] for c in candidates])
-  pooled = k.low.shape[0] == 1
-  before = counts.total(words) if pooled else counts.widen(words)
-  selected = select(scores, k + before, active=candidates)
+  before = counts.total(words) if k.low.shape[0] == 1 else counts.widen(words)
+  selected = select(scores, _at_most_all(k, scores) + before, active=candidates)
   return [s & c for s, c in zip(selected, candidates)]
 
 
 def _count_of(k: Any, treedef) -> Count:
   """Checks the argument k and returns one count for all leaves, or one for each."""
   per_leaf, k_treedef = jax.tree.flatten(k)
-  if not jax.tree_util.treedef_is_leaf(k_treedef) and k_treedef != treedef:
+  is_one = len(per_leaf) == 1 and jax.tree_util.treedef_is_leaf(k_treedef)
+  if not is_one and k_treedef != treedef:
     raise ValueError(
       f"k must be an integer or a tree of integers like `scores` ({treedef}), got {k!r}."
     )
@@ -116,8 +116,17 @@ def _count_of(k: Any, treedef) -> Count:
       raise ValueError(f"k must not be negative, got {value!r}: use 0 to select nothing.")
   if not per_leaf:
     return counts.from_ints(np.zeros([0]))
-  parts = [counts.from_ints(value) for value in per_leaf]
+  parts = [
+    counts.from_ints(value if isinstance(value, jax.Array) else min(int(value), 2**64 - 1))
+    for value in per_leaf
+  ]
   return jax.tree.map(lambda *words: jnp.stack(words), *parts)
+
+
+def _at_most_all(k: Count, arrays: Sequence[jax.Array]) -> Count:
+  """The counts, but no more than there are entries."""
+  sizes = [array.size for array in arrays]
+  return counts.minimum(k, counts.from_ints([sum(sizes)] if k.low.shape[0] == 1 else sizes))
 
 
 def _identity(x: jax.Array) -> jax.Array:
@@ -136,7 +145,8 @@ def select(
 
   Args:
     values: the arrays whose `score` is ranked.
-    k: of shape (1,) for one selection over all arrays, or (len(values),) for one in each.
+    k: of shape (1,) for one selection over all arrays, or (len(values),) for one in each; it
+      includes what is not active.
     active: boolean arrays, False at what comes first, whatever its score.
     score: an elementwise function that is exact, such as the absolute value. It is computed anew
       in each pass, so that the scores are never written to memory.
@@ -175,9 +185,8 @@ def select(
     return jnp.where(position.high > 0, np.uint32(2**32 - 1), position.low)
 
   def count_before(by_key, bound, numbers):
-    """How many keys are less than each number; or which equal the bound, and lie at a place before
-    it.
-    """
+    """By key: how many are less than each number. Else: of those that equal the bound, how many lie
+    before each number as a place."""
     numbers = [
       jnp.where(by_key, _word(n, word_type), in_arrays(n).astype(word_type)) for n in numbers
     ]
@@ -191,10 +200,9 @@ def select(
     words = jnp.stack([counts.count_true(*of_array) for of_array in found], axis=-1)
     return counts.total(words) if pooled else counts.widen(words)
 
-  available = counts.from_ints([sum(sizes)] if pooled else sizes)
   bound, place = _search(
     count_before,
-    counts.minimum(k, available),
+    _at_most_all(k, values),
     key_bits=8 * dtype.itemsize,
     place_bits=(sum(sizes) if pooled else max(sizes)).bit_length(),
   )
@@ -298,7 +306,11 @@ def _widened(scores: jax.Array, dtype) -> jax.Array:
 
 
 def _positions(x: jax.Array, anything: jax.Array) -> jax.Array:
-  """The C-order index of each entry, computed in a way that depends on a scalar."""
+  """The C-order index of each entry.
+
+  It depends on a scalar of the loop, though not in value: XLA would otherwise compute it before the
+  loop, into memory.
+  """
   position = anything
   for axis in range(x.ndim):
     stride = int(np.prod(x.shape[axis + 1 :], dtype=np.int64))

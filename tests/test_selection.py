@@ -423,6 +423,21 @@ def test_scores_that_are_not_floating_point_are_an_error_that_names_the_dtype(dt
     sparsejax.select_smallest({"a": jnp.ones(3, dtype)}, 1)
 
 
+@pytest.mark.parametrize("k", [None, [], {"b": 1}])
+def test_a_count_that_is_no_count_is_an_error(k):
+  with pytest.raises(ValueError, match="k must be an integer or a tree of integers"):
+    sparsejax.select_smallest({"a": jnp.ones(3)}, k)
+
+
+@pytest.mark.parametrize("k", [2**64 - 1, 2**64, 10**30])
+def test_a_count_beyond_all_bounds_selects_everything(k):
+  assert np.all(sparsejax.select_smallest(jnp.ones(3), k))
+  candidates = jnp.array([True, False, True])
+  np.testing.assert_array_equal(
+    sparsejax.select_smallest(jnp.ones(3), k, among=candidates), candidates
+  )
+
+
 # Neither sorting nor gathering.
 
 

@@ -14,7 +14,7 @@ from experiments import benchmark
   ],
 )
 def test_trees_have_the_published_sizes(tree, parameters, weights):
-  shapes = benchmark.TREES[tree]()
+  shapes = benchmark.shapes_of(tree)
   assert sum(map(math.prod, shapes)) == parameters
   assert sum(math.prod(shape) for shape in shapes if len(shape) >= 2) == weights
 
@@ -43,6 +43,6 @@ def test_training_is_measured_with_and_without_pruning(capsys):
 
 def test_the_work_of_a_network_is_that_of_its_layers():
   recipe = benchmark.RECIPES["lenet300-mnist-98"]
-  dataset = benchmark._random_images(2, benchmark.SHAPES["mnist"])
+  dataset = benchmark._random_images(2, (28, 28, 1))
   # Two for each weight, and little more.
   assert 2 * 266_200 <= benchmark._forward_flops(recipe, dataset) <= 2.01 * 266_200
