@@ -54,20 +54,20 @@ class Augmentation:
   """What fills it: black, or the mean pixel of the data set, which normalisation makes zero."""
 
   def __post_init__(self):
-    requirements = {
-      "crop": (self.crop >= 0, "at least 0"),
-      "rotation": (self.rotation >= 0, "at least 0"),
-      "translation": (0 <= self.translation <= 1, "in [0, 1]"),
-      "brightness": (self.brightness >= 0, "at least 0"),
-      "contrast": (self.contrast >= 0, "at least 0"),
-      "saturation": (self.saturation >= 0, "at least 0"),
-      "hue": (0 <= self.hue <= 0.5, "in [0, 0.5]"),
-      "erasing": (0 <= self.erasing <= 1, "a probability"),
-      "erase_to": (self.erase_to in ("black", "mean"), "'black' or 'mean'"),
-    }
-    for name, (holds, text) in requirements.items():
-      if not holds:
-        raise ValueError(f"{name}={getattr(self, name)!r} must be {text}")
+    commands.check_fields(
+      self,
+      {
+        "crop": (self.crop >= 0, "at least 0"),
+        "rotation": (self.rotation >= 0, "at least 0"),
+        "translation": (0 <= self.translation <= 1, "in [0, 1]"),
+        "brightness": (self.brightness >= 0, "at least 0"),
+        "contrast": (self.contrast >= 0, "at least 0"),
+        "saturation": (self.saturation >= 0, "at least 0"),
+        "hue": (0 <= self.hue <= 0.5, "in [0, 0.5]"),
+        "erasing": (0 <= self.erasing <= 1, "a probability"),
+        "erase_to": (self.erase_to in ("black", "mean"), "'black' or 'mean'"),
+      },
+    )
 
 
 # Of arXiv 2606.12278, on CIFAR-10: A for ResNet-18 and VGG-like, B for VGG-19.

@@ -61,15 +61,15 @@ class Options:
   """How often each variant is timed."""
 
   def __post_init__(self):
-    requirements = {
-      "sparsity": (0 <= self.sparsity < 1, "in [0, 1)"),
-      "rounds": (self.rounds >= 1, "at least 1"),
-      "unroll": (min(self.unroll, default=0) >= 1, "at least 1"),
-      "images": (self.images >= 0, "at least 0"),
-    }
-    for name, (holds, text) in requirements.items():
-      if not holds:
-        raise ValueError(f"{name}={getattr(self, name)} must be {text}")
+    commands.check_fields(
+      self,
+      {
+        "sparsity": (0 <= self.sparsity < 1, "in [0, 1)"),
+        "rounds": (self.rounds >= 1, "at least 1"),
+        "unroll": (min(self.unroll, default=0) >= 1, "at least 1"),
+        "images": (self.images >= 0, "at least 0"),
+      },
+    )
 
 
 # Networks, and the images and classes of the data set that they are used on.

@@ -2,7 +2,8 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from experiments.published import DataNotFound
 
@@ -16,3 +17,21 @@ def errors_as_messages() -> Iterator[None]:
     sys.exit(f"error: {error}")
   except KeyboardInterrupt:
     sys.exit("interrupted: the same command resumes at the last checkpoint")
+
+
+def check_fields(options: Any, requirements: Mapping[str, tuple[bool, str]]) -> None:
+  """Raises a ValueError that names the first field whose requirement does not hold.
+
+  Args:
+    options: a dataclass.
+    requirements: by field, whether it holds, and what the field must be.
+
+  Example:
+    >>> check_fields(slice(0, 9), {"start": (True, "at least 0"), "stop": (False, "at least 10")})
+    Traceback (most recent call last):
+    ...
+    ValueError: stop=9 must be at least 10
+  """
+  for name, (holds, text) in requirements.items():
+    if not holds:
+      raise ValueError(f"{name}={getattr(options, name)!r} must be {text}")

@@ -11,6 +11,7 @@ from typing import Literal
 
 import tyro
 
+from experiments import commands
 from experiments.augment import PIPELINES, Augmentation
 from experiments.models import MODELS
 
@@ -87,37 +88,37 @@ class Recipe:
   def __post_init__(self):
     # A linear ramp of n epochs changes the masks n + 1 times.
     longest = self.epochs - self.prune_begin - (self.ramp == "linear")
-    requirements = {
-      "epochs": (self.epochs >= 1, "at least 1"),
-      "learning_rate": (0 <= self.learning_rate < math.inf, "at least 0 and finite"),
-      "width": (0 < self.width < math.inf, "positive and finite"),
-      "sparsity": (0 <= self.sparsity < 1, "in [0, 1)"),
-      "prune_begin": (self.prune_begin >= 0, "at least 0"),
-      "prune_epochs": (
-        not self.sparsity or 1 <= self.prune_epochs <= longest,
-        f"from 1 to {longest}, so that the ramp ends within epochs={self.epochs}",
-      ),
-      "initial_sparsity": (
-        0 <= self.initial_sparsity <= self.sparsity,
-        f"from 0 to the sparsity, {self.sparsity}",
-      ),
-      "label_smoothing": (0 <= self.label_smoothing < 1, "in [0, 1)"),
-      "batch_size": (self.batch_size >= 1, "at least 1"),
-      "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
-      "clip_norm": (self.clip_norm >= 0, "at least 0"),
-      "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0 and finite"),
-      "final_learning_rate": (
-        0 <= self.final_learning_rate <= self.learning_rate,
-        f"from 0 to the learning rate, {self.learning_rate}",
-      ),
-      "half_period": (self.half_period >= 0, "at least 0"),
-      "train_images": (self.train_images >= 0, "at least 0"),
-      "validation": (0 <= self.validation < 1, "in [0, 1)"),
-      "best_above": (0 <= self.best_above <= 1, "in [0, 1]"),
-    }
-    for name, (holds, text) in requirements.items():
-      if not holds:
-        raise ValueError(f"{name}={getattr(self, name)} must be {text}")
+    commands.check_fields(
+      self,
+      {
+        "epochs": (self.epochs >= 1, "at least 1"),
+        "learning_rate": (0 <= self.learning_rate < math.inf, "at least 0 and finite"),
+        "width": (0 < self.width < math.inf, "positive and finite"),
+        "sparsity": (0 <= self.sparsity < 1, "in [0, 1)"),
+        "prune_begin": (self.prune_begin >= 0, "at least 0"),
+        "prune_epochs": (
+          not self.sparsity or 1 <= self.prune_epochs <= longest,
+          f"from 1 to {longest}, so that the ramp ends within epochs={self.epochs}",
+        ),
+        "initial_sparsity": (
+          0 <= self.initial_sparsity <= self.sparsity,
+          f"from 0 to the sparsity, {self.sparsity}",
+        ),
+        "label_smoothing": (0 <= self.label_smoothing < 1, "in [0, 1)"),
+        "batch_size": (self.batch_size >= 1, "at least 1"),
+        "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
+        "clip_norm": (self.clip_norm >= 0, "at least 0"),
+        "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0 and finite"),
+        "final_learning_rate": (
+          0 <= self.final_learning_rate <= self.learning_rate,
+          f"from 0 to the learning rate, {self.learning_rate}",
+        ),
+        "half_period": (self.half_period >= 0, "at least 0"),
+        "train_images": (self.train_images >= 0, "at least 0"),
+        "validation": (0 <= self.validation < 1, "in [0, 1)"),
+        "best_above": (0 <= self.best_above <= 1, "in [0, 1]"),
+      },
+    )
 
 
 RECIPES = {

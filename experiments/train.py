@@ -28,7 +28,7 @@ from experiments import checkpoints, commands, data, plots, recipes, records, tr
 from experiments.recipes import RECIPES, Recipe
 
 DEFAULT_RECIPE = "lenet300-digits"
-_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+_DETERMINISM_FLAG = "--xla_gpu_deterministic_ops=true"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +56,14 @@ class Run:
   """Whether to train only a narrow version of the network on 512 images for two epochs."""
 
   def __post_init__(self):
-    requirements = {
-      "seed": (self.seed >= 0, "at least 0"),
-      "checkpoint_every": (self.checkpoint_every >= 1, "at least 1"),
-      "time_limit": (self.time_limit > 0, "positive"),
-    }
-    for name, (holds, text) in requirements.items():
-      if not holds:
-        raise ValueError(f"{name}={getattr(self, name)} must be {text}")
+    commands.check_fields(
+      self,
+      {
+        "seed": (self.seed >= 0, "at least 0"),
+        "checkpoint_every": (self.checkpoint_every >= 1, "at least 1"),
+        "time_limit": (self.time_limit > 0, "positive"),
+      },
+    )
 
   @property
   def folder(self) -> pathlib.Path:
@@ -85,7 +85,7 @@ def train(run: Run) -> dict[str, Any] | None:
   if run.smoke:
     smoke = recipes.smoke(run.recipe)
     run = dataclasses.replace(run, recipe=smoke, out=run.folder, smoke=False)
-  if run.deterministic and _DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
+  if run.deterministic and _DETERMINISM_FLAG not in os.environ.get("XLA_FLAGS", ""):
     raise ValueError("deterministic=True has come too late: call set_determinism first")
   recipe = run.recipe
   config = {"recipe": run.name, "seed": run.seed, **dataclasses.asdict(recipe)}
@@ -221,7 +221,7 @@ def set_determinism(deterministic: bool) -> None:
   """Asks XLA for the same bits each time on a GPU; read when JAX first looks for devices."""
   if deterministic:
     flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}".strip()
+    os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISM_FLAG}".strip()
 
 
 def main(args: list[str] | None = None) -> None:
