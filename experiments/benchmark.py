@@ -277,7 +277,7 @@ def _random_like(shapes: list[tuple[int, ...]]) -> list[jax.Array]:
 
 
 def _take_turns(functions: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
-  """The median time of each function in seconds; a short one is repeated to make 20 ms."""
+  """The median time of each function in seconds; a short one is repeated to make 0.1 s."""
 
   def timed(function, repetitions):
     started = time.perf_counter()
@@ -286,7 +286,7 @@ def _take_turns(functions: Sequence[Callable[[], Any]], rounds: int) -> list[flo
     jax.block_until_ready(result)
     return (time.perf_counter() - started) / repetitions
 
-  repetitions = [max(1, math.ceil(0.02 / timed(function, 1))) for function in functions]
+  repetitions = [max(1, math.ceil(0.1 / timed(function, 1))) for function in functions]
   times = [[timed(*turn) for turn in zip(functions, repetitions)] for _ in range(rounds)]
   return [statistics.median(column) for column in zip(*times)]
 
