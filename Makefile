@@ -11,7 +11,7 @@ demo: .venv/installed
 	JAX_PLATFORMS=cpu $(BIN)/python -m experiments.train
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: .venv/installed
 	$(BIN)/ruff check .

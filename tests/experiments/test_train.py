@@ -35,6 +35,12 @@ def tiny_mnist(name, data_dir=None):
   )
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+  """Runs lie below the current folder by default: not in that of whoever runs the tests."""
+  monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
 def photographs():
   """Patches of 32x32 pixels from two photographs; the label is the strip that one comes from."""
   rng = np.random.default_rng(0)
