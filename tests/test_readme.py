@@ -2,6 +2,7 @@ import pathlib
 import re
 
 import sparsejax
+from experiments.models import MODELS
 
 ROOT = pathlib.Path(sparsejax.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,6 +20,10 @@ def test_tables_are_those_of_the_results():
   assert tables
   for path, table in tables:
     assert table.strip() == (ROOT / path).read_text().strip()
+
+
+def test_as_many_networks_are_there_as_it_says():
+  assert f"in Flax Linen, {len(MODELS)} of them" in README
 
 
 def test_every_public_name_is_exported_in_alphabetical_order():
