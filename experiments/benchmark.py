@@ -32,7 +32,8 @@ import sparsejax
 from experiments import commands, training
 from experiments.models import MODELS
 from experiments.published import Dataset
-from experiments.recipes import RECIPES, Recipe
+from experiments.recipe import Recipe
+from experiments.recipes import RECIPES
 
 
 @dataclasses.dataclass(frozen=True)

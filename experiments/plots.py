@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 import sparsejax
-from experiments.recipes import Recipe
+from experiments.recipe import Recipe
 
 
 def plot_run(
@@ -24,11 +24,13 @@ def plot_run(
   """
   figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
   figure.suptitle(title)
-  epochs = [line["epoch"] + 1 for line in metrics]
+  epochs = range(1, len(metrics) + 1)
   for name in ("train_accuracy", "validation_accuracy", "test_accuracy"):
     # Not each recipe measures each of them in each epoch.
     known = [
-      (line["epoch"] + 1, 100 * line[name]) for line in metrics if line.get(name) is not None
+      (epoch, 100 * line[name])
+      for epoch, line in zip(epochs, metrics)
+      if line.get(name) is not None
     ]
     if known:
       left.plot(*zip(*known), label=name.replace("_", " "))

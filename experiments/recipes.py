@@ -6,120 +6,10 @@ change (published: before the first batch); validation images are augmented the 
 """
 
 import dataclasses
-import math
-from typing import Literal
 
-import tyro
-
-from experiments import commands
+from experiments import baselines
 from experiments.augment import PIPELINES, Augmentation
-from experiments.models import MODELS
-
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-  """What is published of a run."""
-
-  accuracy: float
-  """On the test set, in per cent."""
-  spread: float | None = None
-  """Standard deviation over runs."""
-  runs: int = 1
-  seconds: float | None = None
-  """Of one run."""
-  epoch: Literal["last", "best"] = "last"
-  """Whose accuracy it is; the best one is chosen by the test set."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-  """All that decides the outcome of a run, but the seed."""
-
-  data: Literal["digits", "mnist", "cifar10"]
-  """Data set."""
-  model: Literal[tuple(MODELS)]
-  """Network."""
-  epochs: int
-  """Length of the training."""
-  learning_rate: float
-  """At the start; it falls along a cosine, epoch by epoch."""
-  width: float = 1.0
-  """Multiplies the number of units of each hidden layer."""
-  dtype: Literal["float32", "bfloat16"] = "float32"
-  """In which the network computes. Its parameters are float32."""
-  sparsity: float = 0.0
-  """Final fraction of pruned weights, in [0, 1); 0 trains the dense network."""
-  prune_begin: int = 0
-  """The epoch, from 0, at whose start masks change first."""
-  prune_epochs: int = 0
-  """Length of the linear ramp of sparsity, in epochs."""
-  initial_sparsity: float = 0.0
-  """At the start of the ramp."""
-  ramp: Literal["progressive", "linear"] = "progressive"
-  """A progressive ramp has gone one epoch's way at its first change, a linear one starts there."""
-  label_smoothing: float = 0.0
-  """Of the cross-entropy, in [0, 1)."""
-  augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
-  batch_size: int = 128
-  """Images in a step."""
-  drop_last: bool = False
-  """Whether to leave out what remains of an epoch after its last full batch."""
-  momentum: float = 0.9
-  """Of SGD."""
-  nesterov: bool = False
-  """Whether the momentum is Nesterov's."""
-  clip_norm: float = 0.0
-  """Gradients that exceed this global norm are scaled down to it, before weight decay; 0: none."""
-  weight_decay: float = 5e-4
-  """Added to the gradient, for all parameters."""
-  final_learning_rate: float = 0.0
-  """At the foot of the cosine."""
-  half_period: int = 0
-  """Epochs to the foot of the cosine, after which it rises again; 0: the whole training."""
-  train_images: int = 0
-  """Only so many of the training images are used; 0: all."""
-  validation: float = 0.11
-  """The fraction of the training images that are held out for validation, in [0, 1)."""
-  best_above: float = 1.0
-  """Also report the best test accuracy of all epochs with more than this sparsity, as was published
-  of some runs. It chooses by the test set: it is no estimate of anything."""
-  published: tyro.conf.Suppress[Published | None] = None
-
-  def __post_init__(self):
-    # A linear ramp of n epochs changes the masks n + 1 times.
-    longest = self.epochs - self.prune_begin - (self.ramp == "linear")
-    commands.check_fields(
-      self,
-      {
-        "epochs": (self.epochs >= 1, "at least 1"),
-        "learning_rate": (0 <= self.learning_rate < math.inf, "at least 0 and finite"),
-        "width": (0 < self.width < math.inf, "positive and finite"),
-        "sparsity": (0 <= self.sparsity < 1, "in [0, 1)"),
-        "prune_begin": (self.prune_begin >= 0, "at least 0"),
-        "prune_epochs": (
-          not self.sparsity or 1 <= self.prune_epochs <= longest,
-          f"from 1 to {longest}, so that the ramp ends within epochs={self.epochs}",
-        ),
-        "initial_sparsity": (
-          0 <= self.initial_sparsity <= self.sparsity,
-          f"from 0 to the sparsity, {self.sparsity}",
-        ),
-        "label_smoothing": (0 <= self.label_smoothing < 1, "in [0, 1)"),
-        "batch_size": (self.batch_size >= 1, "at least 1"),
-        "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
-        "clip_norm": (self.clip_norm >= 0, "at least 0"),
-        "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0 and finite"),
-        "final_learning_rate": (
-          0 <= self.final_learning_rate <= self.learning_rate,
-          f"from 0 to the learning rate, {self.learning_rate}",
-        ),
-        "half_period": (self.half_period >= 0, "at least 0"),
-        "train_images": (self.train_images >= 0, "at least 0"),
-        "validation": (0 <= self.validation < 1, "in [0, 1)"),
-        "best_above": (0 <= self.best_above <= 1, "in [0, 1]"),
-      },
-    )
-
+from experiments.recipe import Published, Recipe
 
 RECIPES = {
   # The demonstration, on data that needs no download: 90 % of LeNet-300-100 pruned on handwritten
@@ -270,20 +160,38 @@ RECIPES["resnet20-cifar10-short"] = Recipe(
   augmentation=Augmentation(crop=4, flip=True),
 )
 
-
-def smoke(recipe: Recipe) -> Recipe:
-  """A version of a recipe that takes seconds: a narrow network, 512 images, two epochs."""
-  return dataclasses.replace(
-    recipe,
-    width=recipe.width / 8,
-    dtype="float32",
-    epochs=2,
-    prune_begin=0,
-    prune_epochs=2 - (recipe.ramp == "linear") if recipe.sparsity else 0,
-    half_period=min(recipe.half_period, 1),
-    train_images=512,
-    # An eighth, so that what is left are full batches.
-    validation=0.125 if recipe.validation else 0.0,
-    batch_size=64,
-    published=None,
-  )
+# Methods on equal terms with progressive pruning: the same network, data, augmentation, optimizer
+# and number of epochs in a cycle; see `experiments.baselines`. None of these is a published run.
+#   python -m experiments.train lenet300-mnist-98-e40-snip --data-dir DIR
+#   python -m experiments.train lenet300-mnist-e40-lth --data-dir DIR
+for sparsity in (0.789, 0.98):
+  prefix = f"lenet300-mnist-{100 * sparsity:g}"
+  published = dataclasses.replace(RECIPES["lenet300-mnist-98"], sparsity=sparsity, published=None)
+  RECIPES |= {
+    f"{prefix}-e200-{method}": recipe
+    for method, recipe in {
+      "progressive": published,
+      **baselines.single_cycle(published),
+    }.items()
+  }
+  short = dataclasses.replace(published, epochs=40, prune_epochs=16)
+  RECIPES |= {
+    f"{prefix}-e40-{method}": recipe
+    for method, recipe in {
+      "progressive": short,
+      **baselines.single_cycle(short),
+      # In several cycles of together 40 epochs.
+      "lth-8x5": baselines.lottery(short, cycles=8, by_layer=True, same_total=True),
+      "lth-rewind-13x4": baselines.lottery(
+        short, cycles=13, rewind_epoch=1, by_layer=True, same_total=True
+      ),
+    }.items()
+  }
+# These come to 78.9 % in the 8th cycle, and to somewhat more than 98 % in the 19th.
+RECIPES["lenet300-mnist-e40-dense"] = baselines.dense(short)
+RECIPES["lenet300-mnist-e40-lth"] = baselines.lottery(short, cycles=19, by_layer=True)
+RECIPES["lenet300-mnist-e40-lth-rewind"] = baselines.lottery(
+  short, cycles=19, rewind_epoch=1, by_layer=True
+)
+# The 98 % run itself is among the published ones, and so is its dense network.
+del RECIPES["lenet300-mnist-98-e200-progressive"]

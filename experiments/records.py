@@ -1,6 +1,7 @@
 """What a run leaves behind: its folder, the result, and where that comes from."""
 
 import contextlib
+import dataclasses
 import fcntl
 import importlib.metadata
 import itertools
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import sparsejax
-from experiments.recipes import Recipe
+from experiments.recipe import Recipe
 
 PACKAGES = ("sparsejax", "jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -51,7 +52,8 @@ def check_config(where: pathlib.Path, found: dict[str, Any], expected: dict[str,
 
   Published numbers are no part of a run.
   """
-  before, now = _flatten(found), _flatten(expected)
+  # A field that a run is older than has had its default value.
+  before, now = _DEFAULTS | _flatten(found), _DEFAULTS | _flatten(expected)
   changed = [f"{key}={before.get(key)}" for key in before | now if before.get(key) != now.get(key)]
   if changed:
     raise ValueError(
@@ -71,6 +73,13 @@ def _flatten(config: dict[str, Any]) -> dict[str, Any]:
   return flat
 
 
+_DEFAULTS = {
+  field.name: field.default
+  for field in dataclasses.fields(Recipe)
+  if field.default is not dataclasses.MISSING and field.name != "published"
+}
+
+
 def make_result(
   config: dict[str, Any],
   metrics: list[dict[str, Any]],
@@ -88,9 +97,13 @@ def make_result(
     test_accuracy: of the last epoch, in [0, 1].
     compile_seconds: what the last session of the run took to compile.
   """
+  finished = [
+    line["finished"] | {"collapsed": line["collapsed"]} for line in metrics if "finished" in line
+  ]
   return {
     "config": config,
     "test_accuracy": 100 * test_accuracy,
+    **({"cycles": finished} if finished else {}),
     "best_test_accuracy": _best_test_accuracy(metrics),
     "pool": summary.pool.parameters,
     "pruned": summary.pool.parameters - summary.pool.active,
@@ -116,8 +129,11 @@ def _best_test_accuracy(metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def collapsed_in_epoch(metrics: list[dict[str, Any]]) -> int | None:
-  """The epoch from which on a run was dead, if it was so at the end."""
-  dead = itertools.takewhile(lambda line: line["collapsed"], reversed(metrics))
+  """The epoch from which on a run was dead, if it was so at the end of its last cycle."""
+  last = metrics[-1].get("cycle", 0)
+  dead = itertools.takewhile(
+    lambda line: line["collapsed"] and line.get("cycle", 0) == last, reversed(metrics)
+  )
   return min((line["epoch"] for line in dead), default=None)
 
 

@@ -19,7 +19,8 @@ import tyro
 
 from experiments import commands, data, plots, records
 from experiments import train as train_lib
-from experiments.recipes import RECIPES, Published
+from experiments.recipe import Published
+from experiments.recipes import RECIPES
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 SEEDS = (42, 123, 456, 789, 999)

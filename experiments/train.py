@@ -10,22 +10,21 @@ checkpoint, on this machine or on another, with bit-identical results on a CPU, 
 
 import dataclasses
 import difflib
-import json
 import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import tqdm
 import tyro
 
 import sparsejax
-from experiments import checkpoints, commands, data, plots, recipes, records, training
-from experiments.recipes import RECIPES, Recipe
+from experiments import commands, data, methods, plots, records, training
+from experiments.cycles import train_cycles
+from experiments.recipe import Recipe, smoke
+from experiments.recipes import RECIPES
 
 DEFAULT_RECIPE = "lenet300-digits"
 _DETERMINISM_FLAG = "--xla_gpu_deterministic_ops=true"
@@ -83,8 +82,7 @@ def train(run: Run) -> dict[str, Any] | None:
   """
   deadline = time.perf_counter() + run.time_limit
   if run.smoke:
-    smoke = recipes.smoke(run.recipe)
-    run = dataclasses.replace(run, recipe=smoke, out=run.folder, smoke=False)
+    run = dataclasses.replace(run, recipe=smoke(run.recipe), out=run.folder, smoke=False)
   if run.deterministic and _DETERMINISM_FLAG not in os.environ.get("XLA_FLAGS", ""):
     raise ValueError("deterministic=True has come too late: call set_determinism first")
   recipe = run.recipe
@@ -103,14 +101,15 @@ def train(run: Run) -> dict[str, Any] | None:
     epoch_fn = trainer.compile_epoch()
     compile_seconds = time.perf_counter() - compiling
     records.replace_file(run.folder / "config.json", records.to_json(config))
-    state, metrics = _train_epochs(run, trainer, epoch_fn, state, deadline)
-    if len(metrics) < recipe.epochs:
+    state, metrics = train_cycles(run, trainer, epoch_fn, state, deadline)
+    if len(metrics) < recipe.total_epochs:
       print(
-        f"\nStopped at the time limit after {len(metrics)} of {recipe.epochs} epochs: the same"
-        " command resumes."
+        f"\nStopped at the time limit after {len(metrics)} of {recipe.total_epochs} epochs: the"
+        " same command resumes."
       )
       return None
-    summary = sparsejax.summary(state.params, training.get_masks(recipe, state))
+    masks = methods.get_masks(recipe, state.opt_state, state.params)
+    summary = sparsejax.summary(state.params, masks)
     result = {
       **records.make_result(
         config,
@@ -129,84 +128,6 @@ def train(run: Run) -> dict[str, Any] | None:
     records.replace_file(path, records.to_json(result))
   print(f"\n{summary}\n\n{records.describe_result(recipe, result)}\nresults in {run.folder}")
   return result
-
-
-def _train_epochs(
-  run: Run,
-  trainer: training.Trainer,
-  epoch_fn: Callable[..., Any],
-  state: training.TrainState,
-  deadline: float,
-) -> tuple[training.TrainState, list[dict[str, Any]]]:
-  """Trains from the last checkpoint on; returns the last state and the metrics of all epochs."""
-  epochs = run.recipe.epochs
-  with checkpoints.open_checkpoints(run.folder / "checkpoints") as saved:
-    state, metrics = saved.restore_latest(state)
-    log_path = run.folder / "metrics.jsonl"
-    records.replace_file(log_path, "".join(json.dumps(line) + "\n" for line in metrics))
-    longest = 0.0
-    with (
-      log_path.open("a") as log,
-      tqdm.tqdm(total=epochs, initial=len(metrics), desc=run.name, unit="epoch") as bar,
-    ):
-      for epoch in range(len(metrics), epochs):
-        started = time.perf_counter()
-        state, trained = jax.block_until_ready(epoch_fn(state, trainer.train))
-        seconds = time.perf_counter() - started
-        line = _describe_epoch(run.recipe, trainer, epoch, state, trained, seconds)
-        if line["collapsed"] != bool(metrics and metrics[-1]["collapsed"]):
-          news = "collapsed: its output is the same for every image"
-          news = news if line["collapsed"] else "recovered"
-          bar.write(f"{run.name}, seed {run.seed}, epoch {epoch}: the network has {news}")
-        metrics.append(line)
-        print(json.dumps(line), file=log, flush=True)
-        bar.update()
-        validation = line["validation_accuracy"]
-        bar.set_postfix(
-          loss=f"{trained.loss:.3f}",
-          validation="-" if validation is None else f"{validation:.2%}",
-          sparsity=f"{line['sparsity']:.2%}",
-        )
-        longest = max(longest, time.perf_counter() - started)
-        # An epoch may take somewhat longer than any before, and the checkpoint takes its time too.
-        late = time.perf_counter() + 1.5 * longest > deadline
-        if (epoch + 1) % run.checkpoint_every == 0 or epoch + 1 == epochs or late:
-          saved.save(state, metrics)
-        if late:
-          break
-  return state, metrics
-
-
-def _describe_epoch(
-  recipe: Recipe,
-  trainer: training.Trainer,
-  epoch: int,
-  state: training.TrainState,
-  trained: training.EpochMetrics,
-  seconds: float,
-) -> dict[str, Any]:
-  """The line of an epoch in `metrics.jsonl`."""
-  loss, sparsity = float(trained.loss), float(trained.sparsity)
-  size = trainer.held_out.labels.size
-  held_out = trainer.validate(state, trainer.held_out) if size else None
-  if size >= 100:
-    watched = held_out
-  else:  # A few images may have the same output by chance.
-    watched = trainer.validate(state, jax.tree.map(lambda x: x[:1000], trainer.train))
-  line = {
-    "epoch": epoch,
-    "loss": loss if math.isfinite(loss) else None,
-    "train_accuracy": float(trained.accuracy),
-    "validation_accuracy": held_out and float(held_out.accuracy),
-    "sparsity": sparsity,
-    "seconds": seconds,
-    "device": next(iter(state.step.devices())).device_kind,
-    # With all units dead, or NaN. A few networks come back from the former.
-    "collapsed": not math.isfinite(loss) or bool(watched.constant),
-  }
-  if sparsity > recipe.best_above:
-    line["test_accuracy"] = float(trainer.evaluate(state, trainer.test).accuracy)
-  return line
 
 
 def _find_device(kind: str) -> jax.Device:

@@ -16,10 +16,12 @@ from flax import linen as nn
 from flax.training import train_state
 
 import sparsejax
+from experiments import methods
 from experiments.augment import augment, normalize
 from experiments.data import Dataset
+from experiments.methods import Variables
 from experiments.models import MODELS
-from experiments.recipes import Recipe
+from experiments.recipe import Recipe
 
 
 class TrainState(train_state.TrainState):
@@ -29,10 +31,11 @@ class TrainState(train_state.TrainState):
 
 
 class Images(NamedTuple):
-  """A set of labelled images on the device."""
+  """A set of labelled images on the device; all that tells two seeds apart in what is compiled."""
 
   pixels: jax.Array  # shape=(count, height, width, channels), dtype=uint8
   labels: jax.Array  # shape=(count,), dtype=int32
+  key: jax.Array  # of their order and augmentation
 
 
 class EpochMetrics(NamedTuple):
@@ -56,7 +59,9 @@ class Trainer:
 
   Attributes:
     steps_per_epoch: number of optimizer steps.
+    classes: number of classes.
     init: returns the state before the first epoch.
+    start: (parameters and running statistics, masks, step) -> state, with a fresh optimizer.
     compile_epoch: compiles and returns the function (state, training images) -> (state,
       EpochMetrics). It uses the state's buffers for its result.
     evaluate: (state, images) -> Evaluation, on the images as they are.
@@ -67,7 +72,9 @@ class Trainer:
   """
 
   steps_per_epoch: int
+  classes: int
   init: Callable[[], TrainState]
+  start: Callable[..., TrainState]
   compile_epoch: Callable[[], Callable[..., tuple[TrainState, EpochMetrics]]]
   evaluate: Callable[..., Evaluation]
   validate: Callable[..., Evaluation]
@@ -90,6 +97,7 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
       they are too small for the network.
   """
   init_key, data_key, held_out_key = jax.random.split(jax.random.key(seed), 3)
+  masks_key = jax.random.fold_in(init_key, 1)
   split = np.random.default_rng(seed).permutation(len(dataset.train_labels))
   if recipe.train_images > len(split):
     raise ValueError(f"train_images={recipe.train_images} are more than there are, {len(split)}")
@@ -103,10 +111,10 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
   rest = 0 if recipe.drop_last else rest
   steps = full + (rest > 0)
 
-  def images(pixels, labels, index=slice(None)):
-    return Images(jnp.asarray(pixels[index]), jnp.asarray(labels[index], jnp.int32))
+  def images(pixels, labels, key, index=slice(None)):
+    return Images(jnp.asarray(pixels[index]), jnp.asarray(labels[index], jnp.int32), key)
 
-  train = images(dataset.train_images, dataset.train_labels, split[held_out:])
+  train = images(dataset.train_images, dataset.train_labels, data_key, split[held_out:])
   model = MODELS[recipe.model](
     classes=dataset.classes, width=recipe.width, dtype=jnp.dtype(recipe.dtype)
   )
@@ -114,19 +122,47 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
   normalized = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
   augmented = functools.partial(augment, augmentation=recipe.augmentation, mean=dataset.mean)
 
+  optimizer = functools.partial(methods.make_optimizer, recipe, steps)
+
   @jax.jit
-  def init():
-    variables = model.init(init_key, jnp.zeros([1, *dataset.train_images.shape[1:]]))
-    return TrainState.create(
+  def init_variables(key):
+    variables = model.init(key, jnp.zeros([1, *dataset.train_images.shape[1:]]))
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+  abstract_variables = jax.eval_shape(init_variables, init_key)
+  abstract_masks = jax.eval_shape(methods.full_masks, abstract_variables["params"])
+  # One and the same in all states, which it is a part of. Masks are none of it.
+  tx = optimizer(abstract_masks)
+
+  @jax.jit
+  def start(variables, masks, step):
+    # Copies, since an epoch uses up its state.
+    params = sparsejax.apply_masks(variables["params"], masks)
+    return TrainState(
+      step=step,
       apply_fn=None,
-      params=variables["params"],
-      batch_stats=variables.get("batch_stats", {}),
-      tx=make_optimizer(recipe, steps),
+      params=params,
+      tx=tx,
+      opt_state=optax.tree.set(optimizer(masks).init(params), count=step),
+      batch_stats=jax.tree.map(jnp.copy, variables["batch_stats"]),
     )
 
-  def begin(step):
+  def init():
+    variables = init_variables(init_key)
+    # As they are: each method looks at the same images, without augmentation.
+    first = normalized(train.pixels[:batch]), train.labels[:batch]
+    masks = methods.make_initial_masks(recipe, model, variables, first, masks_key)
+    return start(variables, masks, 0)
+
+  def weights(params, opt_state):
+    """What the network computes with."""
+    if not recipe.keep_weights:
+      return params
+    return sparsejax.apply_masks(params, sparsejax.get_masks(opt_state, params))
+
+  def begin(step, key):
     """The key of an epoch, and the order of its images."""
-    order_key, step_key = jax.random.split(jax.random.fold_in(data_key, step // steps))
+    order_key, step_key = jax.random.split(jax.random.fold_in(key, step // steps))
     return step_key, jax.random.permutation(order_key, count)
 
   def train_step(state, train, key, index):
@@ -137,7 +173,7 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
 
     def loss(params):
       logits, updates = model.apply(
-        {"params": params, "batch_stats": state.batch_stats},
+        {"params": weights(params, state.opt_state), "batch_stats": state.batch_stats},
         pixels,
         train=True,
         mutable=["batch_stats"],
@@ -153,11 +189,12 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
 
   def end(state, sums):
     loss, accuracy = sums / (full * batch + rest)
-    return EpochMetrics(loss, accuracy, sparsejax.sparsity(get_masks(recipe, state)))
+    masks = methods.get_masks(recipe, state.opt_state, state.params)
+    return EpochMetrics(loss, accuracy, sparsejax.sparsity(masks))
 
   @functools.partial(jax.jit, donate_argnums=0)
   def epoch(state, train):
-    key, order = begin(state.step)
+    key, order = begin(state.step, train.key)
     state, sums = jax.lax.scan(
       lambda state, index: train_step(state, train, key, index),
       state,
@@ -171,23 +208,23 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
     return state, end(state, sums)
 
   def compile_epoch():
-    state = jax.eval_shape(init)
+    state = jax.eval_shape(start, abstract_variables, abstract_masks, jnp.int32(0))
     on_cpu = all(device.platform == "cpu" for device in train.labels.devices())
-    if not (on_cpu and _has_convolutions(model, state, train)):
+    if not (on_cpu and _has_convolutions(model, abstract_variables, train)):
       return epoch.lower(state, train).compile()
     # XLA's CPU backend runs gradients of convolutions 40 times slower in a loop than outside of one
     # (https://github.com/jax-ml/jax/issues/12868), so there each step is a call from Python.
-    key, order = jax.eval_shape(begin, state.step)
+    key, order = jax.eval_shape(begin, state.step, train.key)
     step = jax.jit(train_step, donate_argnums=0)
     step_of = {
       size: step.lower(state, train, key, jax.ShapeDtypeStruct([size], order.dtype)).compile()
       for size in {batch, rest} - {0}
     }
-    first = jax.jit(begin).lower(state.step).compile()
+    first = jax.jit(begin).lower(state.step, train.key).compile()
     last = jax.jit(end).lower(state, jax.ShapeDtypeStruct([2], jnp.float32)).compile()
 
     def epoch_of_calls(state, train):
-      key, order = first(state.step)
+      key, order = first(state.step, train.key)
       sums = jnp.zeros(2)
       for start in range(0, full * batch + rest, batch):
         index = order[start : min(start + batch, full * batch + rest)]
@@ -202,13 +239,14 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
     size = images.labels.size
     batches = -(-size // 1000)
     index = jnp.pad(jnp.arange(size), (0, batches * 1000 - size)).reshape(batches, 1000)
+    params = weights(state.params, state.opt_state)
 
     def logits_of_batch(inputs):
       index, key = inputs
       pixels = normalized(augmented(key, images.pixels[index]))
-      return model.apply({"params": state.params, "batch_stats": state.batch_stats}, pixels)
+      return model.apply({"params": params, "batch_stats": state.batch_stats}, pixels)
 
-    keys = jax.random.split(held_out_key, batches)
+    keys = jax.random.split(images.key, batches)
     out = jax.lax.map(logits_of_batch, (index, keys)).reshape(-1, dataset.classes)[:size]
     return Evaluation(
       accuracy=jnp.mean(jnp.argmax(out, axis=-1) == images.labels),
@@ -217,14 +255,16 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
 
   return Trainer(
     steps_per_epoch=steps,
+    classes=dataset.classes,
     init=init,
+    start=start,
     compile_epoch=compile_epoch,
     evaluate=jax.jit(lambda state, images: evaluate(state, images, lambda key, x: x)),
     # As published: the validation images pass through the augmentation too.
     validate=jax.jit(lambda state, images: evaluate(state, images, augmented)),
     train=train,
-    held_out=images(dataset.train_images, dataset.train_labels, split[:held_out]),
-    test=images(dataset.test_images, dataset.test_labels),
+    held_out=images(dataset.train_images, dataset.train_labels, held_out_key, split[:held_out]),
+    test=images(dataset.test_images, dataset.test_labels, held_out_key),
   )
 
 
@@ -242,58 +282,6 @@ def _check_fit(model: nn.Module, recipe: Recipe, train: Images) -> None:
     )
 
 
-def _has_convolutions(model: nn.Module, state: TrainState, train: Images) -> bool:
-  variables = {"params": state.params, "batch_stats": state.batch_stats}
+def _has_convolutions(model: nn.Module, variables: Variables, train: Images) -> bool:
   pixels = jax.ShapeDtypeStruct([1, *train.pixels.shape[1:]], jnp.float32)
   return "conv_general_dilated" in str(jax.make_jaxpr(model.apply)(variables, pixels))
-
-
-def make_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
-  """SGD as published, and the pruning after it."""
-  links = [
-    optax.clip_by_global_norm(recipe.clip_norm) if recipe.clip_norm else optax.identity(),
-    optax.add_decayed_weights(recipe.weight_decay),
-    optax.sgd(
-      make_learning_rate(recipe, steps_per_epoch),
-      momentum=recipe.momentum,
-      nesterov=recipe.nesterov,
-    ),
-  ]
-  if recipe.sparsity:
-    links.append(make_pruning(recipe, steps_per_epoch))
-  return optax.chain(*links)
-
-
-def make_learning_rate(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
-  """A cosine that changes from epoch to epoch, and rises again after half a period."""
-  half = recipe.half_period or recipe.epochs
-  floor = recipe.final_learning_rate / recipe.learning_rate if recipe.learning_rate else 0.0
-  cosine = optax.cosine_decay_schedule(recipe.learning_rate, half, alpha=floor)
-
-  def learning_rate(count):
-    epoch = count // steps_per_epoch
-    return cosine(half - jnp.abs(half - epoch % (2 * half)))
-
-  return learning_rate
-
-
-def make_pruning(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
-  """The recipe's ramp, with a change of the masks at the start of each of its epochs."""
-  begin, steps = recipe.prune_begin * steps_per_epoch, recipe.prune_epochs * steps_per_epoch
-  if recipe.ramp == "progressive":
-    return sparsejax.progressive_pruning(
-      recipe.sparsity,
-      steps=steps,
-      every=steps_per_epoch,
-      begin=begin,
-      initial=recipe.initial_sparsity,
-    )
-  ramp = optax.linear_schedule(recipe.initial_sparsity, recipe.sparsity, steps, begin)
-  return sparsejax.gradual_pruning(ramp, every=steps_per_epoch, begin=begin, end=begin + steps)
-
-
-def get_masks(recipe: Recipe, state: TrainState) -> Any:
-  """The masks of a run; of a dense one, True everywhere."""
-  if recipe.sparsity:
-    return sparsejax.get_masks(state.opt_state, state.params)
-  return jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), state.params)

@@ -1,6 +1,6 @@
 """The sparsity library for JAX: pruning and sparse training as optax gradient transformations."""
 
-from sparsejax import allocation, criteria
+from sparsejax import allocation, criteria, foresight, lottery
 from sparsejax.allocation import masks_from_scores
 from sparsejax.gradual import (
   fixed_masks,
@@ -28,9 +28,11 @@ __all__ = (
   "apply_masks",
   "criteria",
   "fixed_masks",
+  "foresight",
   "get_masks",
   "gradual_pruning",
   "is_kernel",
+  "lottery",
   "masked_updates",
   "masks_from_scores",
   "one_shot_pruning",

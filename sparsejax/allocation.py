@@ -133,7 +133,8 @@ def masks_from_scores(
 
   Returns:
     A full boolean tree like `scores`, True where a weight is kept. Exactly N - round((1 - s) N) of
-    the N prunable weights are not, or of each leaf's if the allocation is not global.
+    the N prunable weights are not, or of each leaf's if the allocation is not global. A warning
+    names leaves of which nothing is left.
 
   Raises:
     ValueError: if the sparsity is out of range or does not match the scores, or if the allocation
@@ -158,14 +159,9 @@ def masks_from_scores(
   k = count_pruned([s.shape for s in leaves], sparsity, allocation)
   pruned = selection.select([jnp.asarray(s) for s in leaves], counts.from_ints(k))
   kept = jax.tree.unflatten(treedef, [~p for p in pruned])
-
-  def full(kept, score):
-    # In the rule of a transformation, the scores have MaskedNode too.
-    if masks_lib.is_masked_node(kept) and not masks_lib.is_masked_node(score):
-      return jnp.ones_like(score, dtype=bool)
-    return kept
-
-  return jax.tree.map(full, kept, scores, is_leaf=masks_lib.is_masked_node)
+  masks = masks_lib.full_masks(kept, scores)
+  masks_lib.warn_of_emptied(masks, stacklevel=2)
+  return masks
 
 
 def check_sparsity(name: str, sparsity: Sparsity) -> Sparsity:

@@ -112,7 +112,7 @@ def progressive_pruning(
       return counts.from_ints([count_pruned(at(done)) for done in ramped])[update]
     return count_pruned(at(jnp.asarray(ramped, jnp.int32)[update]))
 
-  return _prune_active(
+  return _prune_lowest(
     goal,
     due=due,
     sparsity=sparsity,
@@ -129,6 +129,7 @@ def gradual_pruning(
   every: int,
   begin: int = 0,
   end: int | None = None,
+  keep_weights: bool = False,
   allocation: Allocation = "global",
   criterion: Criterion = criteria.magnitude,
   prunable: Prunable = is_kernel,
@@ -144,7 +145,13 @@ def gradual_pruning(
   default of smallest magnitude.
   Weights that are pruned stay pruned: where the schedule falls, nothing changes.
 
-  The cubic schedule of Zhu & Gupta is `optax.polynomial_schedule(0., s, 3, steps)`.
+  The cubic schedule of Zhu & Gupta is `optax.polynomial_schedule(0., s, 3, steps)`. In the original
+  form of their method, pruned weights keep their values and return when these rank high enough
+  again. This is `keep_weights=True`, where the loss has to apply the masks:
+
+  >>> def sparse_loss(params, state, batch):
+  ...   masks = sparsejax.get_masks(state, params)
+  ...   return loss(sparsejax.apply_masks(params, masks), batch)
 
   Args:
     schedule: takes the number of the call, from 0, and returns a sparsity in [0, 1]. It is taken as
@@ -155,6 +162,9 @@ def gradual_pruning(
     end: the call at which they change last. Without it they go on changing. A schedule that is to
       be followed to its last value needs a change at or after that: with n calls, the last one is
       number n - 1.
+    keep_weights: whether updates pass unchanged, so that pruned weights keep their values, and masks
+      are chosen among all weights at each change. They are to be applied in the loss, which keeps
+      the gradient of pruned weights at zero, and to the weights that training leaves.
     allocation: how the overall sparsity is shared out among layers: "global", "uniform", "er",
       "erk", or a function; see `sparsejax.allocation`.
     criterion: the score of each weight, a function of a `sparsejax.criteria.Leaf`; lowest pruned.
@@ -209,10 +219,11 @@ def gradual_pruning(
     on_grid = (count >= begin) & ((count - begin) % every == 0)
     return on_grid if end is None else (on_grid & (count <= end)) | (count == end)
 
-  return _prune_active(
+  return _prune_lowest(
     lambda count, pool, count_pruned: count_pruned(sparsity_at(count)),
     due=due,
     sparsity=0.0,
+    keep_weights=keep_weights,
     allocation=allocation,
     criterion=criterion,
     prunable=prunable,
@@ -331,7 +342,7 @@ def fixed_masks(masks: PyTree) -> optax.GradientTransformationExtraArgs:
   return optax.GradientTransformationExtraArgs(init_fn, never.update)
 
 
-def _prune_active(
+def _prune_lowest(
   goal: rules.Goal,
   *,
   due: Callable[[jax.Array], jax.Array],
@@ -340,13 +351,16 @@ def _prune_active(
   criterion: Criterion,
   prunable: Prunable,
   key: jax.Array | None,
+  keep_weights: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-  """The transformation whose rule is `rules.prune_active`; `init` checks a tree of sparsities."""
+  """The transformation whose rule is `rules.prune_lowest`; `init` checks a tree of sparsities."""
   allocation_lib.resolve(allocation)
   if criterion is criteria.random and key is None:
     raise ValueError("criteria.random needs a key, got key=None: pass key=jax.random.key(seed).")
-  rule = rules.prune_active(goal, allocation, criterion)
-  pruning = transform.masked_updates(rule, due=due, prunable=prunable, key=key)
+  rule = rules.prune_lowest(goal, allocation, criterion, revive=keep_weights)
+  pruning = transform.masked_updates(
+    rule, due=due, keep_weights=keep_weights, prunable=prunable, key=key
+  )
 
   def init_fn(params):
     state = pruning.init(params)

@@ -5,6 +5,7 @@ the structure of the parameters, with True everywhere in leaves that are never p
 optimizer state, and in the trees that a rule sees, `optax.MaskedNode()` stands for such leaves.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -147,6 +148,34 @@ def select_prunable(tree: PyTree, prunable: Prunable) -> PyTree:
   return jax.tree_util.tree_map_with_path(
     lambda path, x: x if prunable(strip_value(path), x) else optax.MaskedNode(), tree
   )
+
+
+def full_masks(kept: PyTree, tree: PyTree) -> PyTree:
+  """Masks with the structure of a tree, True where they have `optax.MaskedNode()`.
+
+  In the rule of a transformation, the tree has that too; such places stay.
+  """
+
+  def full(mask, leaf):
+    if is_masked_node(mask) and not is_masked_node(leaf):
+      return jnp.ones_like(leaf, dtype=bool)
+    return mask
+
+  return jax.tree.map(full, kept, tree, is_leaf=is_masked_node)
+
+
+def warn_of_emptied(masks: PyTree, stacklevel: int) -> None:
+  """Warns of layers in which no weight is left, if the masks are known."""
+  leaves = {name: m for name, m in leaves_by_name(masks).items() if m.size}
+  if any(isinstance(m, jax.core.Tracer) for m in leaves.values()):
+    return
+  alive = jax.device_get({name: jnp.any(m) for name, m in leaves.items()})
+  if emptied := [name for name, is_alive in alive.items() if not is_alive]:
+    warnings.warn(
+      f"no weight is left in {', '.join(map(repr, emptied))}: nothing passes through such a layer."
+      " Prune less, or give each layer its share by `allocation`.",
+      stacklevel=stacklevel + 1,
+    )
 
 
 def pick(template: PyTree, tree: PyTree, name_template: str, name_tree: str) -> PyTree:

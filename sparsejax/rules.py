@@ -20,18 +20,20 @@ from sparsejax.transform import Call
 Goal = Callable[[jax.Array, PyTree, Callable[[Any], Any]], Any]
 
 
-def prune_active(
-  goal: Goal, allocation: Allocation, criterion: Criterion
+def prune_lowest(
+  goal: Goal, allocation: Allocation, criterion: Criterion, *, revive: bool
 ) -> Callable[[Call], PyTree]:
-  """Prunes the active weights of lowest score until as many are pruned as are asked for.
+  """Prunes the weights of lowest score, as many as are asked for.
 
   Args:
     goal: how many that is.
     allocation: how a sparsity is shared out among layers; see `sparsejax.allocation`.
     criterion: the score of each weight.
+    revive: whether the masks before have no say: pruned weights compete too, and may return. If
+      not, those that are pruned already count among the weights to be pruned, and stay so.
 
   Returns:
-    A rule for `sparsejax.masked_updates`. It never revives a weight.
+    A rule for `sparsejax.masked_updates`.
   """
 
   def rule(call):
@@ -42,7 +44,8 @@ def prune_active(
     k = counts.from_ints(
       goal(call.count, call.params, lambda s: allocation_lib.count_pruned(shapes, s, allocation))
     )
-    select = functools.partial(selection.select, k=k, active=jax.tree.leaves(call.masks))
+    active = None if revive else jax.tree.leaves(call.masks)
+    select = functools.partial(selection.select, k=k, active=active)
     if criterion is criteria.magnitude:
       # The absolute value is exact, so that it need not be written to memory.
       pruned = select(weights, score=jnp.abs)

@@ -54,6 +54,7 @@ def masked_updates(
   rule: Callable[[Call], PyTree],
   *,
   due: Callable[[jax.Array], jax.Array | bool],
+  keep_weights: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -90,6 +91,9 @@ def masked_updates(
     rule: takes the `Call` and returns the new masks. It runs only when masks are due (under `vmap`,
       when they are in any lane), and may use anything that JAX can trace.
     due: takes the number of the call, from 0, and returns whether masks change at it.
+    keep_weights: whether pruned weights keep their values, so that they can return. The updates
+      then pass as they are, and the masks in the state are to be applied wherever the network
+      computes: `sparsejax.apply_masks(params, sparsejax.get_masks(state, params))`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are pruned, given their path as in
       `jax.tree_util.tree_map_with_path`. An attribute `value` at its end, as of a variable of Flax
       NNX, is left out.
@@ -147,13 +151,14 @@ def masked_updates(
       # Masks have no derivative, and JAX should not look for one in the rule.
       jax.lax.stop_gradient(weights),
     )
-    updates = jax.tree.map(
-      lambda m, u, p: u if is_masked_node(m) else _where(m, u, -p),
-      masks,
-      updates,
-      params,
-      is_leaf=is_masked_node,
-    )
+    if not keep_weights:
+      updates = jax.tree.map(
+        lambda m, u, p: u if is_masked_node(m) else _where(m, u, -p),
+        masks,
+        updates,
+        params,
+        is_leaf=is_masked_node,
+      )
     return updates, MaskedUpdatesState(optax.safe_increment(state.count), masks, state.key)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

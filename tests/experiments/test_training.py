@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 import sparsejax
-from experiments import augment, data, training
+from experiments import augment, data, methods, training
 from experiments.models import lenet
 from experiments.recipes import RECIPES
 
@@ -103,7 +103,7 @@ def test_the_optimizer_is_sgd_with_coupled_decay_and_a_cosine_by_epochs(nesterov
   recipe = dataclasses.replace(
     DIGITS, sparsity=0.0, epochs=3, learning_rate=0.1, nesterov=nesterov, clip_norm=clip_norm
   )
-  tx = training.make_optimizer(recipe, steps_per_epoch=2)
+  tx = methods.make_optimizer(recipe, steps_per_epoch=2)
   rng = np.random.default_rng(0)
   params = {"kernel": rng.standard_normal((3, 2)).astype(np.float32)}
   expected, buffer = params["kernel"].astype(np.float64), np.zeros((3, 2))
@@ -122,7 +122,7 @@ def test_the_optimizer_is_sgd_with_coupled_decay_and_a_cosine_by_epochs(nesterov
 
 
 def test_the_learning_rate_of_vgg19_falls_and_rises_again():
-  rate = training.make_learning_rate(RECIPES["vgg19-cifar10-98"], steps_per_epoch=390)
+  rate = methods.make_learning_rate(RECIPES["vgg19-cifar10-98"], steps_per_epoch=390)
   for epoch in (0, 1, 25, 49, 50, 51, 99, 100, 101, 250, 399):
     # The closed form of torch's CosineAnnealingLR(T_max=50, eta_min=1e-4).
     expected = 1e-4 + (0.1 - 1e-4) * (1 + np.cos(np.pi * epoch / 50)) / 2
@@ -131,7 +131,7 @@ def test_the_learning_rate_of_vgg19_falls_and_rises_again():
 
 
 def test_the_plain_cosine_of_vgg19_ends_at_the_final_learning_rate():
-  rate = training.make_learning_rate(RECIPES["vgg19-cifar10-98-cosine"], steps_per_epoch=390)
+  rate = methods.make_learning_rate(RECIPES["vgg19-cifar10-98-cosine"], steps_per_epoch=390)
   for epoch in (0, 200, 399):
     expected = 1e-4 + (0.1 - 1e-4) * (1 + np.cos(np.pi * epoch / 400)) / 2
     assert float(rate(jnp.int32(390 * epoch))) == pytest.approx(expected, rel=1e-4)
@@ -139,7 +139,7 @@ def test_the_plain_cosine_of_vgg19_ends_at_the_final_learning_rate():
 
 def test_the_ramp_of_vgg19_is_the_published_one():
   recipe = RECIPES["vgg19-cifar10-98"]
-  tx = training.make_pruning(recipe, steps_per_epoch=1)
+  tx = methods.make_pruning(recipe, steps_per_epoch=1)
   params = {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal((100, 1000)))}
   update = jax.jit(tx.update)
   state, pruned = tx.init(params), []
@@ -192,10 +192,11 @@ def test_steps_called_one_by_one_make_the_epoch_that_one_program_makes(small, mo
 def test_only_networks_with_convolutions_are_called_step_by_step(small):
   trainer = training.make_trainer(small, data.load("digits"), seed=0)
   state = jax.eval_shape(trainer.init)
-  assert training._has_convolutions(Small(classes=10), state, trainer.train)
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  assert training._has_convolutions(Small(classes=10), variables, trainer.train)
   trainer = training.make_trainer(DIGITS, data.load("digits"), seed=0)
-  state = jax.eval_shape(trainer.init)
-  assert not training._has_convolutions(lenet.LeNet300(classes=10), state, trainer.train)
+  variables = {"params": jax.eval_shape(trainer.init).params}
+  assert not training._has_convolutions(lenet.LeNet300(classes=10), variables, trainer.train)
 
 
 def test_training_keeps_running_statistics_and_evaluation_uses_them(small):
@@ -236,4 +237,5 @@ def test_a_network_with_dead_units_is_seen_as_constant():
 def test_masks_of_a_dense_run_are_full():
   recipe = dataclasses.replace(DIGITS, sparsity=0.0)
   trainer = training.make_trainer(recipe, data.load("digits"), seed=0)
-  assert float(sparsejax.sparsity(training.get_masks(recipe, trainer.init()))) == 0.0
+  state = trainer.init()
+  assert float(sparsejax.sparsity(methods.get_masks(recipe, state.opt_state, state.params))) == 0.0

@@ -1,0 +1,193 @@
+"""How a recipe optimizes and prunes: its optimizer, its masks, and its lottery tickets."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+import sparsejax
+from experiments.recipe import Recipe
+from sparsejax import foresight, lottery
+from sparsejax.lottery import Round, Ticket
+
+PyTree = Any
+Variables = dict[str, PyTree]
+
+# Wang et al., 2020: the logits are divided by it.
+_GRASP_TEMPERATURE = 200
+
+
+def make_optimizer(
+  recipe: Recipe, steps_per_epoch: int, masks: PyTree | None = None
+) -> optax.GradientTransformation:
+  """SGD as published, and the pruning after it.
+
+  Args:
+    recipe: whose.
+    steps_per_epoch: number of optimizer steps.
+    masks: those that its state starts with, where they do not change during training. Its `update`
+      does not depend on them.
+  """
+  links = [
+    optax.clip_by_global_norm(recipe.clip_norm) if recipe.clip_norm else optax.identity(),
+    optax.add_decayed_weights(recipe.weight_decay),
+    optax.sgd(
+      make_learning_rate(recipe, steps_per_epoch),
+      momentum=recipe.momentum,
+      nesterov=recipe.nesterov,
+    ),
+  ]
+  if has_fixed_masks(recipe):
+    links.append(sparsejax.fixed_masks(masks))
+  elif recipe.sparsity:
+    links.append(make_pruning(recipe, steps_per_epoch))
+  return optax.chain(*links)
+
+
+def make_learning_rate(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
+  """A cosine that changes from epoch to epoch; it may rise again, or start anew."""
+  floor = recipe.final_learning_rate / recipe.learning_rate if recipe.learning_rate else 0.0
+
+  def cosine_over(epochs):
+    half = recipe.half_period or epochs
+    cosine = optax.cosine_decay_schedule(recipe.learning_rate, half, alpha=floor)
+    return lambda epoch: cosine(half - jnp.abs(half - epoch % (2 * half)))
+
+  by_epoch = cosine_over(recipe.restart_epoch or recipe.epochs)
+  if restart := recipe.restart_epoch:
+    by_epoch = optax.join_schedules([by_epoch, cosine_over(recipe.epochs - restart)], [restart])
+  return lambda count: by_epoch(count // steps_per_epoch)
+
+
+def make_pruning(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
+  """The recipe's ramp, with a change of the masks at the start of each of its epochs."""
+  begin, steps = recipe.prune_begin * steps_per_epoch, recipe.prune_epochs * steps_per_epoch
+  if recipe.ramp == "progressive":
+    return sparsejax.progressive_pruning(
+      recipe.sparsity,
+      steps=steps,
+      every=steps_per_epoch,
+      begin=begin,
+      initial=recipe.initial_sparsity,
+    )
+  power = {"linear": 1, "cubic": 3}[recipe.ramp]
+  ramp = optax.polynomial_schedule(recipe.initial_sparsity, recipe.sparsity, power, steps, begin)
+  return sparsejax.gradual_pruning(
+    ramp, every=steps_per_epoch, begin=begin, end=begin + steps, keep_weights=recipe.keep_weights
+  )
+
+
+def has_fixed_masks(recipe: Recipe) -> bool:
+  """Whether masks are made before training, or between two trainings."""
+  return recipe.foresight != "none" or recipe.cycles > 1
+
+
+def get_masks(recipe: Recipe, opt_state: PyTree, params: PyTree) -> PyTree:
+  """The masks of a run; of a dense one, True everywhere."""
+  if recipe.sparsity or has_fixed_masks(recipe):
+    return sparsejax.get_masks(opt_state, params)
+  return full_masks(params)
+
+
+def full_masks(params: PyTree) -> PyTree:
+  return jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
+
+
+def make_initial_masks(
+  recipe: Recipe,
+  model: nn.Module,
+  variables: Variables,
+  batch: tuple[jax.Array, jax.Array],
+  key: jax.Array,
+) -> PyTree:
+  """The masks that a recipe trains under from the start.
+
+  Args:
+    recipe: whose.
+    model: the network.
+    variables: its initial parameters and running statistics.
+    batch: normalised images and their labels, as SNIP and GraSP look at them.
+    key: for dropout, and for random masks.
+
+  Returns:
+    A full boolean tree like the parameters: True everywhere, if the recipe does not prune before
+    training.
+  """
+  params, stats = variables["params"], variables["batch_stats"]
+
+  def loss(params, batch, temperature=1):
+    images, labels = batch
+    logits, _ = model.apply(
+      {"params": params, "batch_stats": stats},
+      images,
+      train=True,
+      mutable=["batch_stats"],
+      rngs={"dropout": key},
+    )
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits / temperature, labels)
+    return jnp.mean(losses)
+
+  def softened_loss(params, batch):
+    return loss(params, batch, _GRASP_TEMPERATURE)
+
+  def positive_logits(params, images):
+    return model.apply({"params": params, "batch_stats": jax.tree.map(jnp.abs, stats)}, images)
+
+  if recipe.foresight == "none":
+    return full_masks(params)
+  if recipe.foresight == "synflow":
+    ones = jnp.ones_like(batch[0][:1])
+    return foresight.synflow(positive_logits, params, ones, recipe.sparsity)
+  scores = {
+    "magnitude": lambda: foresight.magnitude(params),
+    "random": lambda: foresight.random(params, key),
+    "snip": lambda: foresight.snip(loss, params, batch),
+    "grasp": lambda: foresight.grasp(softened_loss, params, [batch]),
+  }[recipe.foresight]()
+  return sparsejax.masks_from_scores(scores, recipe.sparsity)
+
+
+def iterative_pruning(
+  recipe: Recipe,
+  train: Callable[[Ticket], Mapping[int, Variables]],
+  variables: Variables,
+  *,
+  classes: int,
+  steps_per_epoch: int,
+  last: Round | None,
+) -> Iterator[Round]:
+  """The cycles of a recipe, of which a plain training has one.
+
+  What is trained, pruned and rewound are parameters and running statistics together.
+
+  Args:
+    recipe: whose.
+    train: see `sparsejax.lottery.iterative_pruning`.
+    variables: initial parameters and running statistics.
+    classes: number of units of the last layer.
+    steps_per_epoch: number of optimizer steps.
+    last: the round to go on from.
+  """
+  rate = recipe.prune_rate
+  if recipe.prune_scope == "layer":
+    kernels = [
+      (path, leaf)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+      if sparsejax.is_kernel(path, leaf)
+    ]
+    rates = {path: recipe.prune_rate for path, _ in kernels}
+    last_layer = [path for path, leaf in kernels if leaf.shape[-1] == classes][-1]
+    rates[last_layer] = recipe.prune_rate_output
+    rate = jax.tree_util.tree_map_with_path(lambda path, _: rates.get(path, 0.0), variables)
+  return lottery.iterative_pruning(
+    train,
+    variables,
+    rounds=recipe.cycles,
+    rate=rate,
+    rewind_to=recipe.rewind_epoch * steps_per_epoch,
+    rewind_weights=recipe.rewind_weights,
+    last=last,
+  )
