@@ -97,13 +97,18 @@ def make_result(
     test_accuracy: of the last epoch, in [0, 1].
     compile_seconds: what the last session of the run took to compile.
   """
-  finished = [
-    line["finished"] | {"collapsed": line["collapsed"]} for line in metrics if "finished" in line
+  cycles = [
+    line["finished"]
+    | {
+      "collapsed_in_epoch": collapsed_in_epoch(metrics[: i + 1]),
+      "seconds": {"train": sum(each["seconds"] for each in metrics[: i + 1])},
+    }
+    for i, line in enumerate(metrics)
+    if "finished" in line
   ]
   return {
     "config": config,
     "test_accuracy": 100 * test_accuracy,
-    **({"cycles": finished} if finished else {}),
     "best_test_accuracy": _best_test_accuracy(metrics),
     "pool": summary.pool.parameters,
     "pruned": summary.pool.parameters - summary.pool.active,
@@ -113,6 +118,7 @@ def make_result(
       {"name": row.name, "parameters": row.parameters, "active": row.active}
       for row in summary.layers
     ],
+    "cycles": cycles,
     "seconds": {"compile": compile_seconds, "train": sum(line["seconds"] for line in metrics)},
     # A run may have begun on one machine and ended on another.
     "device": " / ".join(dict.fromkeys(line["device"] for line in metrics)),

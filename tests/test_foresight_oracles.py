@@ -198,10 +198,11 @@ def rounds_of_synapticflow(params, ones, densities):
 
   Yields the scores of each round, and the masks after it.
   """
+  score = jax.jit(functools.partial(foresight.synflow_scores, apply, params, ones))
   masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
   total = sum(weight.size for weight in weights(params).values())
   for density in densities:
-    scores = foresight.synflow_scores(apply, params, ones, masks)
+    scores = score(masks)
     pruned = int((1 - density) * total)
     pool = {name: layer["weight"] for name, layer in scores.items()}
     active = {name: layer["weight"] for name, layer in masks.items()}
