@@ -14,8 +14,10 @@ def dense(recipe: Recipe) -> Recipe:
   )
 
 
-def single_cycle(recipe: Recipe) -> dict[str, Recipe]:
-  """By method, recipes that take as many epochs as one of progressive pruning.
+def single_cycle(prefix: str, recipe: Recipe) -> dict[str, Recipe]:
+  """Recipes of other methods that take as many epochs as one of progressive pruning, by name.
+
+  Their names are the prefix and the method:
 
   - "gmp": the cubic ramp of Zhu & Gupta, 2017, over as many epochs, though at most half of all;
   - "gmp-original": the same in its original form, where pruned weights may return;
@@ -38,7 +40,7 @@ def single_cycle(recipe: Recipe) -> dict[str, Recipe]:
     **{score: {"foresight": score} for score in FORESIGHT},
   }
   return {
-    method: dataclasses.replace(dense(recipe), sparsity=recipe.sparsity, **each)
+    f"{prefix}-{method}": dataclasses.replace(dense(recipe), sparsity=recipe.sparsity, **each)
     for method, each in changes.items()
   }
 

@@ -2,13 +2,16 @@
 
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 
 import sparsejax
 from experiments.recipe import Recipe
+from experiments.tables import Row, Table
+
+Results = Mapping[Row, Mapping[int, dict[str, Any]]]
 
 
 def plot_run(
@@ -53,60 +56,135 @@ def plot_run(
 
 
 def plot_table(
-  path: pathlib.Path,
-  series: Mapping[str, Sequence[str]],
-  recipes: Mapping[str, Recipe],
-  results: Mapping[str, Mapping[int, dict[str, Any]]],
+  path: pathlib.Path, table: Table, recipes: Mapping[str, Recipe], results: Results
 ) -> None:
   """Draws test accuracy over sparsity: our runs, their means, and what is published.
 
-  Where the accuracy of the best epoch is published, ours of that kind stands beside it. Runs that
-  collapsed fall out of the picture; the title counts them.
+  Each block of the table has its own axes, unless it has no results. Where the accuracy of the best
+  epoch is published, ours of that kind stands beside it. Runs that collapsed fall out of the
+  picture; the titles count them.
 
   Args:
     path: of the PNG to write.
-    series: names of recipes, by the label of the line that they make.
+    table: whose.
     recipes: all recipes, by name.
-    results: by recipe and seed, the contents of `result.json`.
+    results: by row and seed, the contents of `result.json`.
   """
-  sets = list(dict.fromkeys(recipes[name].data for names in series.values() for name in names))
-  figure, axes = plt.subplots(
-    1, len(sets), figsize=(6 * len(sets), 5), layout="constrained", squeeze=False
-  )
-  runs = [run for of_recipe in results.values() for run in of_recipe.values()]
-  collapsed = sum(run["collapsed_in_epoch"] is not None for run in runs)
-  figure.suptitle(f"runs: {len(runs)}" + f", of which collapsed: {collapsed}" * bool(collapsed))
-  for i, (label, names) in enumerate(series.items()):
-    axis, color = axes[0, sets.index(recipes[names[0]].data)], f"C{i}"
-    means = {}
-    for name in names:
-      published, at = recipes[name].published, 100 * recipes[name].sparsity
-      if published is not None:
-        axis.errorbar(
-          at,
-          published.accuracy,
-          published.spread,
-          fmt="D" if published.epoch == "last" else "*",
-          mfc="none",
-          color=color,
-          capsize=3,
-        )
-      alive = [run for run in results[name].values() if run["collapsed_in_epoch"] is None]
-      accuracies = [run["test_accuracy"] for run in alive]
-      axis.plot([at] * len(accuracies), accuracies, ".", color=color, alpha=0.5)
-      for run in alive:
-        if run["best_test_accuracy"] is not None:
-          axis.plot(at, run["best_test_accuracy"]["test_accuracy"], "*", color=color)
-      if accuracies:
-        means[at] = statistics.mean(accuracies)
-    axis.plot(list(means), list(means.values()), "-o", color=color, label=label)
-  for data, axis in zip(sets, axes[0]):
+  blocks = {
+    title: series
+    for title, series in table.blocks.items()
+    if any(results[row] for rows in series.values() for row in rows)
+  } or table.blocks
+  figure, axes = _subplots(len(blocks))
+  for (title, series), axis in zip(blocks.items(), axes[0]):
+    collapsed = sum(
+      len(results[row]) - len(_alive(results[row])) for rows in series.values() for row in rows
+    )
+    title += f" (not drawn: {collapsed} collapsed)" if collapsed else ""
+    for i, (label, rows) in enumerate(series.items()):
+      style = _style(i)
+      means = {}
+      for row in rows:
+        alive = _alive(results[row])
+        published = recipes[row.recipe].published
+        if published is not None:
+          axis.errorbar(
+            100 * recipes[row.recipe].sparsity,
+            published.accuracy,
+            published.spread,
+            fmt="D" if published.epoch == "last" else "*",
+            mfc="none",
+            color=style["color"],
+            capsize=3,
+          )
+        for run in alive:
+          axis.plot(
+            100 * run["sparsity"], run["test_accuracy"], ".", color=style["color"], alpha=0.4
+          )
+          if run["best_test_accuracy"] is not None:
+            best = run["best_test_accuracy"]["test_accuracy"]
+            axis.plot(100 * run["sparsity"], best, "*", color=style["color"])
+        if alive:
+          at, accuracies = zip(*((100 * run["sparsity"], run["test_accuracy"]) for run in alive))
+          means[statistics.mean(at)] = statistics.mean(accuracies)
+      axis.plot(list(means), list(means.values()), label=label, **style)
+    rows = [row for rows in series.values() for row in rows]
     axis.plot([], [], ".", color="k", label="one seed")
-    axis.plot([], [], "D", mfc="none", color="k", label="published")
-    if any(recipes[name].best_above < 1 for name in results if recipes[name].data == data):
+    if any(recipes[row.recipe].published for row in rows):
+      axis.plot([], [], "D", mfc="none", color="k", label="published")
+    if any(recipes[row.recipe].best_above < 1 for row in rows):
       axis.plot([], [], "*", color="k", label="best epoch, by the test set")
       axis.plot([], [], "*", mfc="none", color="k", label="published, best epoch")
-    axis.set(title=data, xlabel="sparsity (%)", ylabel="test accuracy (%)")
-    axis.legend()
-  figure.savefig(path, dpi=100)
+    axis.set(title=title, xlabel="sparsity (%)", ylabel="test accuracy (%)")
+    axis.legend(fontsize="small")
+  figure.savefig(path, dpi=80)
   plt.close(figure)
+
+
+def plot_costs(
+  path: pathlib.Path, table: Table, recipes: Mapping[str, Recipe], results: Results
+) -> None:
+  """Draws mean test accuracy over the epochs of training that it took, all cycles together.
+
+  Blocks of the table whose titles agree up to a comma share their axes, one for each sparsity; the
+  dense networks are in all of them. The arguments are those of `plot_table`.
+  """
+  points = {}  # By network and data: (label, epochs, sparsity, accuracies), in per cent.
+  labels = list(dict.fromkeys(label for block in table.blocks.values() for label in block))
+  for title, series in table.blocks.items():
+    for label, rows in series.items():
+      for row in rows:
+        if alive := _alive(results[row]):
+          recipe = recipes[row.recipe]
+          epochs = recipe.epochs_after(row.cycle or recipe.cycles)
+          sparsity = 100 * statistics.mean(run["sparsity"] for run in alive)
+          accuracies = [run["test_accuracy"] for run in alive]
+          point = (label, epochs, sparsity, accuracies)
+          points.setdefault(title.split(",")[0], []).append(point)
+  panels = [
+    (title, group, [point for point in found if point[2] in (0, *group)])
+    for title, found in points.items()
+    for group in _close_together({point[2] for point in found} - {0})
+  ]
+  figure, axes = _subplots(max(len(panels), 1))
+  for (title, group, found), axis in zip(panels, axes[0]):
+    for i, label in enumerate(labels):
+      of_label = sorted({each[1]: each[3] for each in found if each[0] == label}.items())
+      if of_label:
+        means = [statistics.mean(accuracies) for _, accuracies in of_label]
+        spreads = [
+          statistics.stdev(accuracies) if len(accuracies) > 1 else 0 for _, accuracies in of_label
+        ]
+        axis.errorbar(
+          [epochs for epochs, _ in of_label], means, spreads, label=label, capsize=3, **_style(i)
+        )
+    pruned = "" if not group else f", {min(group):.1f}"
+    pruned += f" to {max(group):.1f}" if len(group) > 1 else ""
+    axis.set(title=f"{title}{pruned} % pruned", xlabel="epochs of training, in all cycles together")
+    axis.set(ylabel="test accuracy (%)", xscale="log")
+    axis.legend(fontsize="small")
+  figure.savefig(path, dpi=80)
+  plt.close(figure)
+
+
+def _close_together(values: Iterable[float], gap: float = 2.0) -> list[list[float]]:
+  """Groups of values, in order, between which there is a gap."""
+  groups = []
+  for value in sorted(values):
+    if not groups or value - groups[-1][-1] > gap:
+      groups.append([])
+    groups[-1].append(value)
+  return groups
+
+
+def _alive(runs: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
+  return [run for run in runs.values() if run["collapsed_in_epoch"] is None]
+
+
+def _style(i: int) -> dict[str, str]:
+  """Colour and marker of the i-th line: more than there are colours differ in the marker."""
+  return {"color": f"C{i % 10}", "marker": "os^v"[i // 10 % 4], "linestyle": "-"}
+
+
+def _subplots(count: int):
+  return plt.subplots(1, count, figsize=(6.5 * count, 5.5), layout="constrained", squeeze=False)

@@ -165,7 +165,11 @@ class Recipe:
   @property
   def total_epochs(self) -> int:
     """Of all cycles together."""
-    return self.cycles * self.epochs - (self.cycles - 1) * self.rewind_epoch
+    return self.epochs_after(self.cycles)
+
+  def epochs_after(self, cycles: int) -> int:
+    """Of so many cycles together."""
+    return cycles * self.epochs - (cycles - 1) * self.rewind_epoch
 
 
 def smoke(recipe: Recipe) -> Recipe:

@@ -13,6 +13,7 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import tyro
@@ -21,52 +22,9 @@ from experiments import commands, data, plots, records
 from experiments import train as train_lib
 from experiments.recipe import Published
 from experiments.recipes import RECIPES
+from experiments.tables import TABLES, Row, Table
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-SEEDS = (42, 123, 456, 789, 999)
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-  """A run of each recipe with each seed.
-
-  Attributes:
-    series: names of recipes, by the label of the line that they make in the figure.
-    seeds: of each recipe.
-  """
-
-  series: dict[str, tuple[str, ...]]
-  seeds: tuple[int, ...] = SEEDS
-
-  @property
-  def recipes(self) -> tuple[str, ...]:
-    return tuple(name for names in self.series.values() for name in names)
-
-
-_LENET = {
-  "LeNet-300-100": ("lenet300-mnist-dense", "lenet300-mnist-78.9", "lenet300-mnist-98"),
-  "LeNet-300-100, learning rate 0.05": ("lenet300-mnist-78.9-lr0.05",),
-}
-
-TABLES = {
-  # All runs of arXiv 2606.12278, and three beside them: VGG-19 with a plain cosine, LeNet-300-100
-  # dense and at half the learning rate.
-  "progressive": Table(
-    {
-      "ResNet-18": tuple(
-        f"resnet18-cifar10-{name}" for name in ("dense", "70", "72.9", "75", "80", "85", "90", "95")
-      ),
-      "VGG-like": ("vgg-like-cifar10-97",),
-      "VGG-19": ("vgg19-cifar10-98",),
-      "VGG-19, plain cosine": ("vgg19-cifar10-98-cosine",),
-      **_LENET,
-    }
-  ),
-  # Its runs on MNIST.
-  "lenet-mnist": Table(_LENET),
-  # Not of the paper: whether ResNet-20 learns on a CPU in a short time.
-  "resnet20-cifar10-short": Table({"ResNet-20, 5 epochs": ("resnet20-cifar10-short",)}, (42,)),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +78,10 @@ def reproduce(options: Options) -> tuple[str, list[str]]:
   failures = _train_missing(options, table) if options.train else []
   text = make_table(options.table, options.results)
   records.replace_file(options.results / f"{options.table}.md", text)
-  plots.plot_table(
-    options.results / f"{options.table}.png",
-    table.series,
-    RECIPES,
-    _read_results(table, options.results),
-  )
+  results = _read_results(table, options.results)
+  plots.plot_table(options.results / f"{options.table}.png", table, RECIPES, results)
+  if table.by_cost:
+    plots.plot_costs(options.results / f"{options.table}-cost.png", table, RECIPES, results)
   return text, failures
 
 
@@ -161,40 +117,54 @@ def _train_missing(options: Options, table: Table) -> list[str]:
 def make_table(name: str, folder: pathlib.Path) -> str:
   """A table in Markdown of the results in a folder."""
   table = TABLES[name]
-  header = ["recipe", "pruned", "published", "ours", "hardware", "time of a run"]
-  lines = [header + [f"seed {seed}" for seed in table.seeds]]
-  lines.append(["---"] * len(lines[0]))
-  for recipe, runs in _read_results(table, folder).items():
-    done = list(runs.values())
-    lines.append(
-      [
-        f"`{recipe}`",
-        _different([f"{run['pruned']:,} of {run['pool']:,}" for run in done]),
-        _published(RECIPES[recipe].published),
-        _ours(done),
-        _different([run["device"] for run in done]),
-        f"{statistics.mean(run['seconds']['train'] for run in done):,.0f} s" if done else "-",
-        *(_seed(runs.get(seed)) for seed in table.seeds),
-      ]
-    )
-  rows = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+  results = _read_results(table, folder)
+  text = ""
+  for title, series in table.blocks.items():
+    rows = [row for rows in series.values() for row in rows]
+    any_published = any(RECIPES[row.recipe].published for row in rows)
+    header = ["recipe", "pruned", "training cycles", "total epochs"]
+    header += ["published"] * any_published + ["ours", "hardware", "time of a run"]
+    lines = [header + [f"seed {seed}" for seed in table.seeds]]
+    lines.append(["---"] * len(lines[0]))
+    for row in rows:
+      lines.append(_describe_row(row, results[row], table.seeds, any_published))
+    text += f"### {title}\n\n" if len(table.blocks) > 1 else ""
+    text += "".join("| " + " | ".join(line) + " |\n" for line in lines) + "\n"
   return (
-    f"{rows}\nTest accuracy in per cent, of the last epoch unless it says otherwise: mean, standard"
+    f"{text}Test accuracy in per cent, of the last epoch unless it says otherwise: mean, standard"
     " deviation over seeds and their number. The time is that of training, without compilation and"
-    " validation. Epochs count from 0.\n"
+    " validation. Epochs count from 0, cycles from 1.\n"
   )
 
 
-def _read_results(table: Table, folder: pathlib.Path) -> dict[str, dict[int, dict[str, Any]]]:
-  """What there is, by recipe and seed; a ValueError if it is of another recipe."""
-  results = {name: {} for name in table.recipes}
-  for name in table.recipes:
+def _describe_row(
+  row: Row, runs: dict[int, dict[str, Any]], seeds: Sequence[int], any_published: bool
+) -> list[str]:
+  """The cells of a row."""
+  recipe, done = RECIPES[row.recipe], list(runs.values())
+  return [
+    f"`{row.recipe}`" + (f", after cycle {row.cycle}" if row.cycle else ""),
+    _different([f"{run['pruned']:,} of {run['pool']:,}" for run in done]),
+    str(row.cycle or recipe.cycles),
+    str(recipe.epochs_after(row.cycle or recipe.cycles)),
+    *([_published(recipe.published)] if any_published else []),
+    _ours(done),
+    _different([run["device"] for run in done]),
+    f"{statistics.mean(run['seconds']['train'] for run in done):,.0f} s" if done else "-",
+    *(_seed(runs.get(seed)) for seed in seeds),
+  ]
+
+
+def _read_results(table: Table, folder: pathlib.Path) -> dict[Row, dict[int, dict[str, Any]]]:
+  """What there is, by row and seed; a ValueError if it is of another recipe."""
+  results = {row: {} for row in table.rows}
+  for row, found in results.items():
     for seed in table.seeds:
-      if (path := _path(folder, name, seed)).exists():
+      if (path := _path(folder, row.recipe, seed)).exists():
         result = records.read_json(path)
-        config = {"recipe": name, "seed": seed, **dataclasses.asdict(RECIPES[name])}
+        config = {"recipe": row.recipe, "seed": seed, **dataclasses.asdict(RECIPES[row.recipe])}
         records.check_config(path, result["config"], config)
-        results[name][seed] = result
+        found[seed] = result | (result["cycles"][row.cycle - 1] if row.cycle else {})
   return results
 
 

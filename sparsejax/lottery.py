@@ -125,19 +125,17 @@ def iterative_pruning(
 def _rounds(train, params, rounds, rate, rewind_to, rewind_weights, prunable, last):
   if last is None:
     masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
-    ticket = Ticket(0, params, masks, step=0)
-    trained, saved = _train(train, ticket)
-    early = params if rewind_to == 0 else saved.get(rewind_to)
-    last = Round(0, masks, trained, early)
+    trained, saved = _train(train, Ticket(0, params, masks, step=0))
+    last = Round(0, masks, trained, saved.get(rewind_to) if rewind_to else params)
     yield last
-    if early is None and rewind_weights and rounds > 1:
-      raise ValueError(
-        f"rewind_to={rewind_to}, but in round 0 `train` has saved only steps {sorted(saved)}: it"
-        f" has to return the weights after {rewind_to} steps too."
-      )
   for index in range(int(last.index) + 1, rounds):
     masks = prune(last.trained, last.masks, rate, prunable=prunable)
     start = last.early if rewind_weights else last.trained
+    if start is None:
+      raise ValueError(
+        f"rewind_to={rewind_to}, but in round 0 `train` has not saved the weights after so many"
+        " steps: it has to return them beside the trained ones."
+      )
     ticket = Ticket(index, masks_lib.apply_masks(start, masks), masks, step=rewind_to)
     trained, _ = _train(train, ticket)
     last = Round(index, masks, trained, last.early)

@@ -54,6 +54,11 @@ class Summary:
   others: Row
   total: Row
 
+  @property
+  def empty(self) -> tuple[str, ...]:
+    """The names of the layers without any active weight, through which nothing passes."""
+    return tuple(row.name for row in self.layers if row.parameters and not row.active)
+
   def __str__(self) -> str:
     header = ("layer", "shape", "parameters", "active", "sparsity", "FLOPs", "dense FLOPs")
     rows = [*self.layers, self.pool, self.others, self.total]
@@ -78,9 +83,10 @@ class Summary:
 
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     body = [aligned(line) for line in cells]
-    return "\n".join(
-      [aligned(header), rule, *body[: len(self.layers)], rule, *body[len(self.layers) :]]
-    )
+    lines = [aligned(header), rule, *body[: len(self.layers)], rule, *body[len(self.layers) :]]
+    if self.empty:
+      lines.append(f"no active weight in {', '.join(self.empty)}")
+    return "\n".join(lines)
 
 
 def summary(

@@ -222,3 +222,33 @@ def test_a_mapping_is_no_allocation():
     sparsejax.progressive_pruning(0.5, steps=4, every=2, allocation={"a": 0.5})
   with pytest.raises(ValueError, match="did you mean 'erk'"):
     sparsejax.progressive_pruning(0.5, steps=4, every=2, allocation="ERK")
+
+
+def test_a_warning_names_the_layers_that_are_emptied():
+  scores = {"a": jnp.full((2, 2), 1.0), "b": jnp.full((2, 2), 2.0), "c": jnp.full((2, 2), 3.0)}
+  with pytest.warns(UserWarning, match="no weight is left in 'a', 'b': ") as record:
+    masks = sparsejax.masks_from_scores(scores, 0.75)
+  assert len(record) == 1
+  assert record[0].filename == __file__
+  assert [int(jnp.sum(mask)) for mask in masks.values()] == [0, 0, 3]
+
+
+def test_no_warning_is_given_while_tracing_nor_of_layers_that_have_no_weights():
+  scores = {"a": jnp.ones((2, 2)), "b": jnp.full((2, 2), 2.0), "none": jnp.ones((0, 3))}
+  masks = jax.jit(lambda scores: sparsejax.masks_from_scores(scores, 0.5))(scores)
+  assert not np.any(masks["a"])
+  jax.eval_shape(lambda scores: sparsejax.masks_from_scores(scores, 0.5), scores)
+  with pytest.warns(UserWarning, match="no weight is left in 'a': "):
+    sparsejax.masks_from_scores(scores, 0.5)
+  masks = sparsejax.masks_from_scores(scores, 0.25)  # A warning would be an error here.
+  assert [int(jnp.sum(mask)) for mask in masks.values()] == [2, 4, 0]
+
+
+def test_the_warning_about_emptied_layers_looks_at_the_masks_of_all_kinds_of_leaves():
+  scores = {"bias": jnp.zeros(3), "kernel": np.arange(1.0, 5.0, dtype=np.float32).reshape(2, 2)}
+  masks = sparsejax.masks_from_scores(scores, 0.5)
+  assert bool(jnp.all(masks["bias"]))
+  with pytest.warns(UserWarning, match="no weight is left in 'bias', 'kernel': "):
+    sparsejax.masks_from_scores(
+      {**scores, "head": jnp.full((2, 4), 9.0)}, 0.5, prunable=lambda path, leaf: True
+    )

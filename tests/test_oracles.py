@@ -112,8 +112,11 @@ def test_five_rounds_per_layer_are_those_of_the_lottery_ticket_hypothesis():
       ]
       dropped = by_magnitude(weights, counts, kept)
       assert [int(np.sum(drop)) for drop in dropped] == counts
+      rates = [count / int(mask.sum()) for count, mask in zip(counts, kept, strict=True)]
+      tickets = sparsejax.lottery.prune(weights, kept, rates)
       kept = [mask & ~np.asarray(drop) for mask, drop in zip(kept, dropped, strict=True)]
       assert_equal_masks(kept, layers(arrays, f"round{number}/mask", names))
+      assert_equal_masks(tickets, layers(arrays, f"round{number}/mask", names))
   assert [int(mask.sum()) for mask in kept] == [416, 128, 55]
 
 
@@ -123,7 +126,10 @@ def test_five_global_rounds_are_those_of_open_lth():
   kept = [np.ones(arrays[f"round0/mask/{name}"].shape, bool) for name in names]
   for number in range(ROUNDS):
     weights = layers(arrays, f"round{number}/final_w", names)
-    dropped = by_magnitude(weights, math.ceil(0.2 * total(kept)) + 1, kept)
+    count = math.ceil(0.2 * total(kept)) + 1
+    dropped = by_magnitude(weights, count, kept)
+    tickets = sparsejax.lottery.prune(weights, kept, count / total(kept))
     kept = [mask & ~np.asarray(drop) for mask, drop in zip(kept, dropped, strict=True)]
     assert_equal_masks(kept, layers(arrays, f"round{number}/mask", names))
+    assert_equal_masks(tickets, layers(arrays, f"round{number}/mask", names))
   assert [int(mask.sum()) for mask in kept] == [1531, 11, 21]

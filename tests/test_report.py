@@ -68,3 +68,26 @@ def test_positions_of_unknown_layers_and_masks_of_other_trees_are_errors(params)
     sparsejax.summary(params, masks, positions={"cnv/kernel": 4})
   with pytest.raises(ValueError, match="'dense/bias'"):
     sparsejax.summary(params, {**masks, "dense": {"kernel": masks["dense"]["kernel"]}})
+
+
+def test_layers_without_any_active_weight_are_named_under_the_table(params):
+  masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
+  full = sparsejax.summary(params, masks)
+  assert full.empty == ()
+  assert str(full).splitlines()[-1].startswith("total")
+  masks["dense"]["kernel"] = jnp.zeros((8, 5), bool)
+  masks["dense"]["bias"] = jnp.zeros(5, bool)
+  emptied = sparsejax.summary(params, masks)
+  assert emptied.empty == ("dense/kernel",)  # A bias is no layer.
+  lines = str(emptied).splitlines()
+  assert len(lines) == len(str(full).splitlines()) + 1
+  assert lines[-1] == "no active weight in dense/kernel"
+  masks["conv"]["kernel"] = jnp.zeros((3, 3, 2, 4), bool)
+  emptied = sparsejax.summary(params, masks)
+  assert str(emptied).endswith("no active weight in conv/kernel, dense/kernel")
+
+
+def test_a_layer_without_any_weight_at_all_is_not_said_to_be_emptied():
+  params = {"nothing": jnp.zeros((0, 4)), "dense": jnp.ones((2, 2))}
+  masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
+  assert sparsejax.summary(params, masks).empty == ()

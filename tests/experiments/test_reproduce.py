@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from experiments import reproduce
+from experiments import records, reproduce
 from experiments.recipes import RECIPES
 
 
@@ -14,6 +14,8 @@ def result(name, seed, accuracy, collapsed=None, best=None):
     "best_test_accuracy": best and {"test_accuracy": best, "epoch": 1},
     "pruned": 78,
     "pool": 100,
+    "sparsity": 0.78,
+    "cycles": [],
     "collapsed_in_epoch": collapsed,
     "device": "cpu",
     "seconds": {"compile": 1.0, "train": 61.5},
@@ -56,7 +58,7 @@ def test_the_table_says_which_accuracies_are_of_the_best_epoch(folder):
   assert "| 93.44 (n = 1, best epoch) |" in row
   assert "| 83.00 (n = 1); best epoch 93.25 (n = 1) |" in row
   row = row_of(table, "resnet18-cifar10-72.9")
-  assert "| 95.12 ± 0.09 (n = 5, 3,602 s) | not run | - | - |" in row
+  assert "| - | 1 | 200 | 95.12 ± 0.09 (n = 5, 3,602 s) | not run | - | - |" in row
 
 
 def test_every_published_run_is_in_the_table():
@@ -146,10 +148,12 @@ def test_the_committed_results_are_of_the_recipes_as_they_stand():
   committed = sorted((reproduce.RESULTS / "runs").glob("*.json"))
   assert committed
   for path in committed:
-    config = json.loads(path.read_text())["config"]
-    name, seed = config.pop("recipe"), config.pop("seed")
+    found = json.loads(path.read_text())["config"]
+    name, seed = found["recipe"], found["seed"]
     assert path.name == f"{name}-seed{seed}.json"
-    assert config == dataclasses.asdict(RECIPES[name])
+    expected = {"recipe": name, "seed": seed, **dataclasses.asdict(RECIPES[name])}
+    records.check_config(path, found, expected)
+    assert found["published"] == expected["published"]
 
 
 @pytest.mark.parametrize("name", reproduce.TABLES)
