@@ -61,7 +61,7 @@ def train_cycles(
   total = recipe.total_epochs
   # A copy, since an epoch uses up its state.
   initial = jax.tree.map(jnp.copy, _variables(state))
-  first = Round(np.int32(-1), methods.full_masks(initial), initial, initial)
+  first = Round(np.array(-1), methods.full_masks(initial), initial, initial)
   progress = Progress(state, first if recipe.cycles > 1 else None)
   longest = 0.0
 
@@ -115,7 +115,7 @@ def train_cycles(
     with _open_log(run, metrics) as log, contextlib.suppress(_OutOfTime):
       for finished in rounds:
         if recipe.cycles > 1:
-          progress = progress._replace(last=finished._replace(index=np.int32(finished.index)))
+          progress = progress._replace(last=finished._replace(index=np.array(finished.index)))
         if len(metrics) not in saved.epochs:
           saved.save(progress, metrics)
         if is_late():

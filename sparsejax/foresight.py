@@ -10,10 +10,8 @@ single precision at least. All functions may be used under `jax.jit`, where the 
 left out. They compile anew each time that they are called: to score many networks, jit the call.
 """
 
-import functools
 import numbers
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -22,7 +20,8 @@ import numpy as np
 from jax import lax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import counts, selection
+from sparsejax import counts, scoring, selection
+from sparsejax import flow as flow_lib
 from sparsejax import masks as masks_lib
 from sparsejax.allocation import Allocation, Sparsity
 from sparsejax.masks import Prunable, PyTree, is_kernel
@@ -43,7 +42,8 @@ def magnitude(params: PyTree) -> PyTree:
   Raises:
     ValueError: if a parameter is not a floating-point array.
   """
-  return jax.tree.map(jnp.abs, _checked(params))
+  scoring.check_params(params)
+  return jax.tree.map(jnp.abs, params)
 
 
 def random(params: PyTree, key: jax.Array) -> PyTree:
@@ -61,7 +61,8 @@ def random(params: PyTree, key: jax.Array) -> PyTree:
   """
   if not isinstance(key, (jax.Array, np.ndarray)):
     raise ValueError(f"key must be a random key, got {key!r}: pass jax.random.key(seed).")
-  leaves, treedef = jax.tree.flatten(_checked(params))
+  scoring.check_params(params)
+  leaves, treedef = jax.tree.flatten(params)
   scores = [
     jax.random.uniform(jax.random.fold_in(key, i), np.shape(leaf)) for i, leaf in enumerate(leaves)
   ]
@@ -108,7 +109,8 @@ def snip(loss_fn: LossFn, params: PyTree, batch: Any) -> PyTree:
     Lee et al., `SNIP: Single-shot Network Pruning based on Connection Sensitivity
     <https://arxiv.org/abs/1810.02340>`_, 2019
   """
-  weights, loss_fn = _widened(_checked(params)), _checked_loss(loss_fn, params)
+  scoring.check_params(params)
+  weights, loss_fn = scoring.widened(params), scoring.loss_for_widened(loss_fn, params)
 
   @jax.jit
   def score(weights, batch):
@@ -116,8 +118,8 @@ def snip(loss_fn: LossFn, params: PyTree, batch: Any) -> PyTree:
     return loss, jax.tree.map(lambda w, g: jnp.abs(w * g), weights, gradient)
 
   loss, scores = score(weights, batch)
-  _check_loss(loss)
-  _check_scores(scores, "the weights or the gradient of the loss")
+  scoring.check_loss(loss)
+  scoring.check_scores(scores, "the weights or the gradient of the loss")
   return scores
 
 
@@ -164,8 +166,9 @@ def grasp(
     Wang et al., `Picking Winning Tickets Before Training by Preserving Gradient Flow
     <https://arxiv.org/abs/2002.07376>`_, 2020
   """
-  _check_batches(batches)
-  weights, loss_fn = _widened(_checked(params)), _checked_loss(loss_fn, params)
+  scoring.check_batches(batches)
+  scoring.check_params(params)
+  weights, loss_fn = scoring.widened(params), scoring.loss_for_widened(loss_fn, params)
 
   @jax.jit
   def add_gradient(total, weights, batch):
@@ -186,7 +189,7 @@ def grasp(
   if not losses:
     raise ValueError("there are no batches to score on: `batches` is empty.")
   for i, loss in enumerate(losses):
-    _check_loss(loss, f" of batch {i}")
+    scoring.check_loss(loss, f" of batch {i}")
   direction = jax.tree_util.tree_map_with_path(
     lambda path, w, g: g if prunable(masks_lib.strip_value(path), w) else jnp.zeros_like(g),
     weights,
@@ -201,7 +204,7 @@ def grasp(
       " list, or an object that starts anew each time."
     )
   scores = jax.tree.map(jnp.multiply, weights, product)
-  _check_scores(scores, "the weights, or the gradient of the loss times its Hessian,")
+  scoring.check_scores(scores, "the weights, or the gradient of the loss times its Hessian,")
   return scores
 
 
@@ -224,13 +227,14 @@ def synflow_scores(
   Raises:
     ValueError: as `synflow` does.
   """
+  scoring.check_params(params)
   if masks is None:
-    masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), _checked(params))
+    masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
   masks_lib.check_boolean(masks)
   masks_lib.check_same_structure(masks, params, "the masks", "the parameters")
-  flow = jax.jit(_flow_of(apply_fn, params, inputs))
-  scores, is_homogeneous = flow(_widened(params), masks, inputs)
-  _check_flow(_sum(scores), is_homogeneous)
+  flow = jax.jit(flow_lib.scores_of(apply_fn, params, inputs))
+  scores, is_sound = flow(scoring.widened(params), masks, inputs)
+  flow_lib.check(flow_lib.total(scores), is_sound, stacklevel=2)
   return scores
 
 
@@ -296,27 +300,28 @@ def synflow(
   """
   if isinstance(rounds, bool) or not isinstance(rounds, numbers.Integral) or rounds < 1:
     raise ValueError(f"rounds must be a positive integer, got {rounds!r}.")
-  weights = _widened(_checked(params))
+  scoring.check_params(params)
+  weights = scoring.widened(params)
   pool = masks_lib.select_prunable(weights, prunable)
   k = counts.from_ints(_counts_of_rounds(weights, pool, sparsity, rounds, allocation))
-  flow = _flow_of(apply_fn, params, inputs)
+  flow = flow_lib.scores_of(apply_fn, params, inputs)
 
   @jax.jit
   def prune(weights, inputs):
     def prune_once(masks, k):
-      scores, is_homogeneous = flow(weights, masks_lib.full_masks(masks, weights), inputs)
+      scores, is_sound = flow(weights, masks_lib.full_masks(masks, weights), inputs)
       scores = masks_lib.pick(pool, scores, "the pool", "the scores")
       leaves, treedef = jax.tree.flatten(scores)
       pruned = selection.select(leaves, k, active=jax.tree.leaves(masks))
       masks = jax.tree.unflatten(treedef, [~p for p in pruned])
-      return masks, (_sum(scores), is_homogeneous)
+      return masks, (flow_lib.total(scores), is_sound)
 
-    first = jax.tree.map(lambda w: jnp.ones_like(w, dtype=bool), pool)
-    return lax.scan(prune_once, first, k)
+    first = masks_lib.pick(pool, weights, "the pool", "the weights")
+    return lax.scan(prune_once, jax.tree.map(lambda w: jnp.ones_like(w, dtype=bool), first), k)
 
-  masks, (totals, are_homogeneous) = prune(weights, inputs)
+  masks, (totals, are_sound) = prune(weights, inputs)
   if jax.tree.leaves(pool):
-    _check_flow(totals, are_homogeneous)
+    flow_lib.check(totals, are_sound, stacklevel=2)
   masks = masks_lib.full_masks(masks, weights)
   masks_lib.warn_of_emptied(masks, stacklevel=2)
   return masks
@@ -338,189 +343,3 @@ def _counts_of_rounds(weights, pool, sparsity, rounds, allocation) -> np.ndarray
     return allocation_lib.count_pruned(shapes, reached, allocation)
 
   return np.stack([after(k) for k in range(1, rounds + 1)])
-
-
-def _flow_of(apply_fn: ApplyFn, params: PyTree, inputs: Any) -> Callable[..., Any]:
-  """The scores under masks, for weights and inputs like these, and whether scaling was sound."""
-  for name, x in masks_lib.leaves_by_name(inputs).items():
-    if jnp.result_type(x) not in selection.FLOATS:
-      raise ValueError(
-        f"SynFlow needs floating-point inputs, but {name or 'they'} have dtype"
-        f" {jnp.result_type(x)}: pass ones in place of indices, after any embedding."
-      )
-  function = _narrowing(functools.partial(_call, apply_fn, "the network"), params)
-  outputs = jax.eval_shape(function, _widened(params), inputs)
-  if not isinstance(outputs, jax.ShapeDtypeStruct) or outputs.dtype not in selection.FLOATS:
-    raise ValueError(
-      "the network must return its outputs, a floating-point array, but it returned"
-      f" {_describe(outputs)}: leave anything else out in `apply_fn`."
-    )
-  types = [jnp.result_type(x) for x in jax.tree.leaves((params, inputs, outputs))]
-  limit = min(int(jnp.finfo(dtype).maxexp) for dtype in types) * 7 // 8
-  wide = jnp.promote_types(outputs.dtype, jnp.float32)
-
-  def power_of_two(exponent):
-    return jnp.ldexp(jnp.ones([], wide), exponent)
-
-  def flow(weights, masks, inputs):
-    weights = jax.tree.map(lambda w, m: jnp.where(m, jnp.abs(w), 0), weights, masks)
-
-    def step(state):
-      # At first the inputs are as they are. If R is out of range, it is found with inputs that are
-      # scaled as far as possible. Then half of its exponent goes to the inputs, and half to the
-      # cotangent; and inputs half as large have to give the same once more.
-      number, exponent, previous, _ = state
-      scaled = jax.tree.map(lambda x: x * power_of_two(exponent).astype(x.dtype), inputs)
-      total, pull = jax.vjp(lambda w: jnp.sum(function(w, scaled).astype(wide)), weights)
-      magnitude = jnp.clip(jnp.frexp(total)[1], -limit, limit)
-      (gradient,) = pull(power_of_two(-magnitude))
-      scores = jax.tree.map(lambda w, g: jnp.abs(w * g), weights, gradient)
-      is_usable = jnp.isfinite(total) & (total > 2.0**-limit)
-      extreme = jnp.where(total <= 2.0**-limit, limit, -limit)
-      following = jnp.stack([extreme, (exponent - magnitude) // 2, exponent - 1, exponent])[number]
-      is_same = [
-        jnp.abs(jnp.sum(a) - jnp.sum(b)) <= 1e-2 * jnp.sum(a)
-        for a, b in zip(jax.tree.leaves(scores), jax.tree.leaves(previous))
-      ]
-      is_homogeneous = (number < 3) | jnp.all(jnp.asarray(is_same))
-      number = jnp.where((number == 0) & is_usable, 4, number + 1)
-      return number, following, scores, is_homogeneous
-
-    nothing = jax.tree.map(jnp.zeros_like, weights)
-    start = (jnp.int32(0), jnp.int32(0), nothing, jnp.bool_(True))
-    _, _, scores, is_homogeneous = lax.while_loop(lambda state: state[0] < 4, step, start)
-    return scores, is_homogeneous
-
-  return flow
-
-
-def _checked(params: PyTree) -> PyTree:
-  """The parameters, all of which are floating-point."""
-  for name, leaf in masks_lib.leaves_by_name(params).items():
-    if jnp.result_type(leaf) not in selection.FLOATS:
-      raise ValueError(
-        f"parameters must be floating-point arrays, but {name!r} has dtype"
-        f" {jnp.result_type(leaf)}: leave it out, and let the function that is scored close over it."
-      )
-  return params
-
-
-def _widened(params: PyTree) -> PyTree:
-  """The parameters in single precision at least."""
-  return jax.tree.map(
-    lambda p: jnp.asarray(p, jnp.promote_types(jnp.result_type(p), jnp.float32)), params
-  )
-
-
-def _narrowing(function: Callable[..., Any], params: PyTree) -> Callable[..., Any]:
-  """The function for parameters that are widened, which it gets in the dtypes that they had."""
-  types = jax.tree.map(jnp.result_type, params)
-  return lambda weights, *args: function(
-    jax.tree.map(lambda w, dtype: w.astype(dtype), weights, types), *args
-  )
-
-
-def _checked_loss(loss_fn: LossFn, params: PyTree) -> LossFn:
-  """The loss of widened parameters, which says while it is traced what is wrong with it."""
-
-  def checked(params, batch):
-    loss = _call(loss_fn, "the loss", params, batch)
-    # Any numbers would do, if they are a scalar: a loss that depends on nothing is found out later.
-    is_leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(loss))
-    if not is_leaf or np.ndim(loss) or jnp.result_type(loss) not in selection.FLOATS:
-      raise ValueError(
-        f"the loss must be one floating-point number, but it returned {_describe(loss)}: take the"
-        " mean over the examples, and return nothing else."
-      )
-    return jnp.asarray(loss)
-
-  return _narrowing(checked, params)
-
-
-def _call(function: Callable[..., Any], what: str, params: PyTree, batch: Any) -> Any:
-  try:
-    return function(params, batch)
-  except Exception as error:
-    raise ValueError(
-      f"{what} failed on an input of {_describe(batch)}: {type(error).__name__}: {error}"
-    ) from error
-
-
-def _describe(tree: PyTree) -> str:
-  """What it is that was passed or returned, such as "float32[8,64], int32[8]"."""
-  return ", ".join(str(jax.typeof(x)) for x in jax.tree.leaves(tree)) or "nothing"
-
-
-def _check_batches(batches: Any) -> None:
-  if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
-    raise ValueError(
-      f"`batches` must be a list of batches, got {type(batches).__name__}: pass [batch] for one."
-    )
-  if isinstance(batches, Iterator):
-    raise ValueError(
-      f"`batches` is gone through twice, but {type(batches).__name__} is an iterator, empty after"
-      " the first time: pass a list, or an object whose __iter__ starts anew."
-    )
-
-
-def _check_loss(loss: jax.Array, which: str = "") -> None:
-  if not isinstance(loss, jax.core.Tracer) and not np.isfinite(loss):
-    raise ValueError(
-      f"the loss{which} is {loss}, and so nothing can be scored by it: look for NaN and infinity in"
-      " the batch and the parameters."
-    )
-
-
-def _check_scores(scores: PyTree, factors: str) -> None:
-  leaves = masks_lib.leaves_by_name(scores)
-  if not leaves or any(isinstance(s, jax.core.Tracer) for s in leaves.values()):
-    return
-  largest = jax.device_get({name: jnp.max(jnp.abs(s), initial=0) for name, s in leaves.items()})
-  for name, value in largest.items():
-    if not np.isfinite(value):
-      raise ValueError(
-        f"the scores of {name!r} are not finite, although the loss is: look for infinite derivatives"
-        " (such as that of a square root at 0), or use a wider dtype."
-      )
-  if not any(largest.values()):
-    raise ValueError(
-      f"all scores are zero, because {factors} are zero everywhere: there is nothing to choose by."
-      " Is the loss computed from the parameters that it gets?"
-    )
-
-
-def _sum(scores: PyTree) -> jax.Array:
-  return sum((jnp.sum(s) for s in jax.tree.leaves(scores)), jnp.float32(0))
-
-
-def _check_flow(totals: jax.Array, are_homogeneous: jax.Array) -> None:
-  """Looks at the sum of the scores of each round, and whether scaling changed them."""
-  if isinstance(totals, jax.core.Tracer):
-    return
-  totals, are_homogeneous = np.atleast_1d(totals), np.atleast_1d(are_homogeneous)
-  wider = "compute in float64, with parameters and inputs made under jax.enable_x64(True)."
-  for i in np.flatnonzero(~(np.isfinite(totals) & are_homogeneous))[:1]:
-    what = (
-      "is not proportional to its inputs, which would have to be scaled (are there biases or shifts"
-      " other than zero?)"
-      if np.isfinite(totals[i])
-      else "gives scores that are infinite or NaN"
-    )
-    raise ValueError(
-      f"the synaptic flow of round {i + 1} leaves the range of {totals.dtype}, and the network"
-      f" {what}: {wider}"
-    )
-  dead = np.flatnonzero(totals == 0)
-  if not dead.size:
-    return
-  if dead[0] == 0:
-    raise ValueError(
-      "all scores are zero: no path with weights other than zero leads from the inputs to the"
-      f" outputs, or the flow is below the range of {totals.dtype}. For the latter, {wider}"
-    )
-  warnings.warn(
-    f"from round {dead[0] + 1} on all scores are zero, and the first weights go: so sparse, no path"
-    " leads from the inputs to the outputs any more (or the flow is below the range of"
-    f" {totals.dtype}).",
-    stacklevel=3,
-  )
