@@ -46,7 +46,7 @@ def single_cycle(prefix: str, recipe: Recipe) -> dict[str, Recipe]:
 
 
 def lottery(
-  recipe: Recipe, *, cycles: int, rewind_epoch: int = 0, by_layer: bool, same_total: bool = False
+  recipe: Recipe, *, cycles: int, rewind_epoch: int = 0, by_layer: bool, in_all: bool = False
 ) -> Recipe:
   """Lottery tickets: iterative magnitude pruning with rewinding, in several cycles of training.
 
@@ -56,8 +56,8 @@ def lottery(
     rewind_epoch: see `Recipe`.
     by_layer: whether layers are pruned at rates of their own, a fifth and, in the last one, a
       tenth, as Frankle & Carbin, 2019, prune LeNet; or else all compete for a fifth of all.
-    same_total: whether all cycles together take as many epochs as that training, and at such rates
-      that they come to its sparsity.
+    in_all: whether cycles are shorter, so that together they take as many epochs as that training,
+      and the rates such that they come to its sparsity.
   """
   found = dataclasses.replace(
     dense(recipe),
@@ -65,7 +65,7 @@ def lottery(
     rewind_epoch=rewind_epoch,
     prune_scope="layer" if by_layer else "global",
   )
-  if not same_total:
+  if not in_all:
     return found
   epochs, rest = divmod(recipe.epochs + (cycles - 1) * rewind_epoch, cycles)
   if rest:

@@ -165,54 +165,58 @@ RECIPES["resnet20-cifar10-short"] = Recipe(
 # and number of epochs in a cycle; see `experiments.baselines`. None of these is a published run.
 #   python -m experiments.train lenet300-mnist-98-e40-snip --data-dir DIR
 #   python -m experiments.train lenet300-mnist-e40-lth --data-dir DIR
-_LENET = dataclasses.replace(RECIPES["lenet300-mnist-98"], published=None)
-for sparsity, prefix in ((0.789, "lenet300-mnist-78.9"), (0.98, "lenet300-mnist-98")):
-  published = dataclasses.replace(_LENET, sparsity=sparsity)
-  short = dataclasses.replace(published, epochs=40, prune_epochs=16)
-  in_all = functools.partial(baselines.lottery, short, by_layer=True, same_total=True)
-  RECIPES |= {
-    **baselines.single_cycle(f"{prefix}-e200", published),
-    f"{prefix}-e40-progressive": short,
-    **baselines.single_cycle(f"{prefix}-e40", short),
-    # In several cycles of together 40 epochs.
-    f"{prefix}-e40-lth-8x5": in_all(cycles=8),
-    f"{prefix}-e40-lth-rewind-13x4": in_all(cycles=13, rewind_epoch=1),
-  }
+_LENET = {
+  (sparsity, epochs): dataclasses.replace(
+    RECIPES["lenet300-mnist-98"],
+    sparsity=sparsity,
+    epochs=epochs,
+    prune_epochs=2 * epochs // 5,
+    published=None,
+  )
+  for sparsity in (0.789, 0.98)
+  for epochs in (40, 200)
+}
+for (sparsity, epochs), recipe in _LENET.items():
+  prefix = f"lenet300-mnist-{100 * sparsity:g}-e{epochs}"
+  RECIPES |= {f"{prefix}-progressive": recipe, **baselines.single_cycle(prefix, recipe)}
+# The 98 % run is the published one, and so is its dense network.
+del RECIPES["lenet300-mnist-98-e200-progressive"]
+
+by_layer = functools.partial(baselines.lottery, by_layer=True)
+lower, higher = _LENET[0.789, 40], _LENET[0.98, 40]
 RECIPES |= {
-  # The 98 % run itself is among the published ones, and so is its dense network.
-  "lenet300-mnist-78.9-e200-progressive": dataclasses.replace(_LENET, sparsity=0.789),
-  "lenet300-mnist-e40-dense": baselines.dense(short),
-  # These come to 78.9 % in the 8th cycle, and to somewhat more than 98 % in the 19th.
-  "lenet300-mnist-e40-lth": baselines.lottery(short, cycles=19, by_layer=True),
-  "lenet300-mnist-e40-lth-rewind": baselines.lottery(
-    short, cycles=19, rewind_epoch=1, by_layer=True
+  "lenet300-mnist-e40-dense": baselines.dense(higher),
+  # These come to 78.9 % in the 8th cycle, and to 98.1 % in the 19th.
+  "lenet300-mnist-e40-lth": by_layer(higher, cycles=19),
+  "lenet300-mnist-e40-lth-rewind": by_layer(higher, cycles=19, rewind_epoch=1),
+  # These take 40 epochs in all.
+  "lenet300-mnist-78.9-e40-lth-8x5": by_layer(lower, cycles=8, in_all=True),
+  "lenet300-mnist-98-e40-lth-8x5": by_layer(higher, cycles=8, in_all=True),
+  "lenet300-mnist-78.9-e40-lth-rewind-13x4": by_layer(
+    lower, cycles=13, rewind_epoch=1, in_all=True
   ),
+  "lenet300-mnist-98-e40-lth-rewind-13x4": by_layer(higher, cycles=13, rewind_epoch=1, in_all=True),
 }
-for prefix, cycles, base in (
-  # These come to 73.8 % in the 7th cycle.
-  ("resnet18-cifar10", 7, "resnet18-cifar10-72.9"),
-  # And these to 98.2 % in the 19th.
-  ("vgg19-cifar10", 19, "vgg19-cifar10-98-cosine"),
-):
-  lottery = functools.partial(baselines.lottery, RECIPES[base], by_layer=False)
-  RECIPES |= {
-    f"{prefix}-dense": baselines.dense(RECIPES[base]),
-    **baselines.single_cycle(base.removesuffix("-cosine"), RECIPES[base]),
-    f"{prefix}-lth": lottery(cycles=cycles),
-    f"{prefix}-lth-rewind": lottery(cycles=cycles, rewind_epoch=2),
-  } | RECIPES
-# In several cycles of together as many epochs as one of the others.
-in_all = functools.partial(
-  baselines.lottery, RECIPES["resnet18-cifar10-72.9"], by_layer=False, same_total=True
-)
+
+# The same for ResNet-18 and VGG-19.
+#   python -m experiments.train resnet18-cifar10-72.9-snip --data-dir DIR
+#   python -m experiments.train vgg19-cifar10-lth-rewind --data-dir DIR
+resnet18, vgg19 = RECIPES["resnet18-cifar10-72.9"], RECIPES["vgg19-cifar10-98-cosine"]
+together = functools.partial(baselines.lottery, by_layer=False)
 RECIPES |= {
-  "resnet18-cifar10-72.9-lth-8x25": in_all(cycles=8),
-  "resnet18-cifar10-72.9-lth-rewind-9x24": in_all(cycles=9, rewind_epoch=2),
-}
-in_all = functools.partial(
-  baselines.lottery, RECIPES["vgg19-cifar10-98-cosine"], by_layer=False, same_total=True
-)
-RECIPES |= {
-  "vgg19-cifar10-98-lth-8x50": in_all(cycles=8),
-  "vgg19-cifar10-98-lth-rewind-7x58": in_all(cycles=7, rewind_epoch=1),
+  **baselines.single_cycle("resnet18-cifar10-72.9", resnet18),
+  # To 73.8 % in the 7th cycle.
+  "resnet18-cifar10-lth": together(resnet18, cycles=7),
+  "resnet18-cifar10-lth-rewind": together(resnet18, cycles=7, rewind_epoch=2),
+  "resnet18-cifar10-72.9-lth-8x25": together(resnet18, cycles=8, in_all=True),
+  "resnet18-cifar10-72.9-lth-rewind-9x24": together(
+    resnet18, cycles=9, rewind_epoch=2, in_all=True
+  ),
+  "vgg19-cifar10-dense": baselines.dense(vgg19),
+  **baselines.single_cycle("vgg19-cifar10-98", vgg19),
+  # To 98.2 % in the 19th cycle.
+  "vgg19-cifar10-lth": together(vgg19, cycles=19),
+  "vgg19-cifar10-lth-rewind": together(vgg19, cycles=19, rewind_epoch=2),
+  "vgg19-cifar10-98-lth-8x50": together(vgg19, cycles=8, in_all=True),
+  "vgg19-cifar10-98-lth-rewind-7x58": together(vgg19, cycles=7, rewind_epoch=1, in_all=True),
 }
