@@ -169,8 +169,12 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _describe_recipe(recipe: Recipe) -> str:
+  epochs = f"{recipe.epochs} epochs"
+  if recipe.cycles > 1:
+    return f"{recipe.model} on {recipe.data}, {recipe.cycles} cycles of {epochs}, pruned in between"
   pruned = f"{recipe.sparsity:.1%} pruned" if recipe.sparsity else "dense"
-  return f"{recipe.model} on {recipe.data}, {recipe.epochs} epochs, {pruned}"
+  before = f" before, by {recipe.foresight}" if recipe.foresight != "none" else ""
+  return f"{recipe.model} on {recipe.data}, {epochs}, {pruned}{before}"
 
 
 if __name__ == "__main__":
