@@ -1,6 +1,8 @@
 import pathlib
 import re
 
+import numpy as np
+
 import sparsejax
 from experiments.models import MODELS
 
@@ -8,9 +10,12 @@ ROOT = pathlib.Path(sparsejax.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs_and_prunes_what_it_says(capsys):
-  (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-  exec(compile(code, "README.md", "exec"), {})
+def test_the_examples_run_one_after_the_other_and_prune_what_they_say(capsys):
+  names = {}
+  for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+    exec(compile(code, "README.md", "exec"), names)
+    assert np.all(np.isfinite(names["params"]["kernel"]))
+  assert round(float(sparsejax.sparsity(names["masks"])), 6) == 0.9
   pool = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("prunable"))
   assert pool.split()[1:4] == ["7,840", "784", "90.00%"]
 
