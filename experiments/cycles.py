@@ -15,6 +15,8 @@ import tqdm
 import sparsejax
 from experiments import checkpoints, methods, records
 from experiments.methods import Variables
+from experiments.recipe import Recipe
+from experiments.run import Run
 from experiments.training import EpochMetrics, Trainer, TrainState
 from sparsejax.lottery import Round, Ticket
 
@@ -38,7 +40,7 @@ class _OutOfTime(Exception):
 
 
 def train_cycles(
-  run: Any,
+  run: Run,
   trainer: Trainer,
   epoch_fn: Callable[..., tuple[TrainState, EpochMetrics]],
   state: TrainState,
@@ -47,7 +49,7 @@ def train_cycles(
   """Trains from the last checkpoint on.
 
   Args:
-    run: an `experiments.train.Run`.
+    run: which.
     trainer: of its recipe.
     epoch_fn: its compiled epoch.
     state: before the first epoch; its buffers are used.
@@ -128,7 +130,7 @@ def _variables(state: TrainState) -> Variables:
 
 
 @contextlib.contextmanager
-def _open_log(run: Any, metrics: list[Line]) -> Iterator[Callable[[Line], None]]:
+def _open_log(run: Run, metrics: list[Line]) -> Iterator[Callable[[Line], None]]:
   """A function that writes the line of an epoch to `metrics.jsonl`, and shows it."""
   path = run.folder / "metrics.jsonl"
   records.replace_file(path, "".join(json.dumps(line) + "\n" for line in metrics))
@@ -159,7 +161,7 @@ def _open_log(run: Any, metrics: list[Line]) -> Iterator[Callable[[Line], None]]
 
 
 def _describe_epoch(
-  recipe: Any,
+  recipe: Recipe,
   trainer: Trainer,
   epoch: int,
   state: TrainState,

@@ -139,8 +139,8 @@ class Recipe:
         "prune_rate": (0 <= self.prune_rate < 1, "in [0, 1)"),
         "prune_rate_output": (0 <= self.prune_rate_output < 1, "in [0, 1)"),
         "rewind_epoch": (
-          0 <= self.rewind_epoch < self.epochs,
-          f"an epoch from 0 to {self.epochs - 1}",
+          0 <= self.rewind_epoch < (self.epochs if self.cycles > 1 else 1),
+          f"an epoch from 0 to {self.epochs - 1}, and 0 with a single cycle",
         ),
         "restart_epoch": (
           0 <= self.restart_epoch < self.epochs,

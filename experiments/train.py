@@ -10,12 +10,10 @@ checkpoint, on this machine or on another, with bit-identical results on a CPU, 
 
 import dataclasses
 import difflib
-import math
 import os
-import pathlib
 import sys
 import time
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import tyro
@@ -25,49 +23,10 @@ from experiments import commands, data, methods, plots, records, training
 from experiments.cycles import train_cycles
 from experiments.recipe import Recipe, smoke
 from experiments.recipes import RECIPES
+from experiments.run import Run
 
 DEFAULT_RECIPE = "lenet300-digits"
 _DETERMINISM_FLAG = "--xla_gpu_deterministic_ops=true"
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """A recipe, a seed, and where things lie."""
-
-  recipe: Recipe
-  name: tyro.conf.Suppress[str]
-  seed: int = 42
-  """Decides initialisation, split, order and augmentation."""
-  data_dir: pathlib.Path | None = None
-  """Directory of the data set; see the README."""
-  out: pathlib.Path | None = None
-  """The run's folder; by default runs/RECIPE/seedSEED, or runs/RECIPE-smoke/seedSEED."""
-  checkpoint_every: int = 10
-  """Epochs from one checkpoint to the next; there is always one at the end."""
-  time_limit: float = math.inf
-  """Seconds, compilation included, after which no epoch may end: the run stops before that with a
-  checkpoint, from which the same command resumes. It always trains one epoch."""
-  device: Literal["any", "cpu", "gpu", "tpu"] = "any"
-  """What to train on; it is an error if there is none."""
-  deterministic: bool = False
-  """Whether a GPU has to give the same bits each time, which is slower. A CPU always does."""
-  smoke: bool = False
-  """Whether to train only a narrow version of the network on 512 images for two epochs."""
-
-  def __post_init__(self):
-    commands.check_fields(
-      self,
-      {
-        "seed": (self.seed >= 0, "at least 0"),
-        "checkpoint_every": (self.checkpoint_every >= 1, "at least 1"),
-        "time_limit": (self.time_limit > 0, "positive"),
-      },
-    )
-
-  @property
-  def folder(self) -> pathlib.Path:
-    name = f"{self.name}-smoke" if self.smoke else self.name
-    return self.out or pathlib.Path("runs") / name / f"seed{self.seed}"
 
 
 def train(run: Run) -> dict[str, Any] | None:

@@ -132,6 +132,7 @@ def test_a_dead_cycle_does_not_make_a_later_one_dead(tmp_path):
     ({"cycles": 0}, "cycles=0 must be at least 1"),
     ({"cycles": 2, "sparsity": 0.5, "prune_epochs": 1}, "cycles=2 must be at least 1, and with"),
     ({"cycles": 2, "rewind_epoch": 5}, "rewind_epoch=5 must be an epoch from 0 to 4"),
+    ({"rewind_epoch": 1}, "rewind_epoch=1 must be an epoch from 0 to 4, and 0 with a single cycle"),
     ({"cycles": 2, "prune_rate": 1.0}, r"prune_rate=1\.0 must be in \[0, 1\)"),
     ({"foresight": "snip"}, r"foresight='snip' must be none with a sparsity of 0\.0"),
     ({"restart_epoch": 5}, "restart_epoch=5 must be an epoch from 0 to 4"),
