@@ -60,26 +60,28 @@ def scores_of(
       # scaled as far as possible; then half of its exponent goes to them, and half to the
       # cotangent; and inputs half as large have to give the same scores once more. One loop, so
       # that the network is compiled once.
-      number, exponent, previous, _ = state
+      number, exponent, previous, _, _ = state
       scaled = jax.tree.map(lambda x: x * power_of_two(exponent).astype(x.dtype), inputs)
       r, pull = jax.vjp(lambda w: jnp.sum(function(w, scaled).astype(wide)), weights)
       magnitude = jnp.clip(jnp.frexp(r)[1], -limit, limit)
       (gradient,) = pull(power_of_two(-magnitude))
       scores = jax.tree.map(lambda w, g: jnp.abs(w * g), weights, gradient)
-      is_small = jnp.abs(r) <= 2.0**-limit
+      sums = jnp.asarray([jnp.sum(s) for s in jax.tree.leaves(scores)], wide)
+      # R may look sound where activations are infinite: times a weight of zero they are NaN, of
+      # which a maximum with zero may make zero. The gradients of the weights they meet tell.
+      is_finite = jnp.isfinite(r) & jnp.all(jnp.isfinite(sums))
+      is_small = is_finite & (jnp.abs(r) <= 2.0**-limit)
       extreme = jnp.where(is_small, limit, -limit)
       following = jnp.stack([extreme, (exponent - magnitude) // 2, exponent - 1, exponent])
-      is_same = [
-        jnp.abs(jnp.sum(a) - jnp.sum(b)) <= 1e-2 * jnp.sum(a)
-        for a, b in zip(jax.tree.leaves(scores), jax.tree.leaves(previous))
-      ]
-      is_sound = (number < 3) | jnp.all(jnp.asarray(is_same))
-      is_usable = (number == 0) & jnp.isfinite(r) & ~is_small
-      return jnp.where(is_usable, 4, number + 1), following[number], scores, is_sound
+      is_same = (number < 3) | jnp.all(jnp.abs(sums - previous) <= 1e-2 * sums)
+      is_usable = (number == 0) & is_finite & ~is_small
+      number = jnp.where(is_usable, 4, number + 1)
+      return number, following[number - 1], sums, scores, is_finite & is_same
 
     nothing = jax.tree.map(jnp.zeros_like, weights)
-    start = jnp.int32(0), jnp.int32(0), nothing, jnp.bool_(True)
-    _, _, scores, is_sound = lax.while_loop(lambda state: state[0] < 4, step, start)
+    sums = jnp.zeros([len(jax.tree.leaves(weights))], wide)
+    start = jnp.int32(0), jnp.int32(0), sums, nothing, jnp.bool_(True)
+    *_, scores, is_sound = lax.while_loop(lambda state: state[0] < 4, step, start)
     return scores, is_sound
 
   return flow
@@ -104,7 +106,7 @@ def check(totals: jax.Array, are_sound: jax.Array, stacklevel: int) -> None:
     return
   totals, are_sound = np.atleast_1d(totals), np.atleast_1d(are_sound)
   wider = "compute in float64, with parameters and inputs made under jax.enable_x64(True)."
-  for i in np.flatnonzero(~(np.isfinite(totals) & are_sound))[:1]:
+  for i in np.flatnonzero(~are_sound)[:1]:
     raise ValueError(
       f"in round {i + 1} the synaptic flow of the network leaves the range of {totals.dtype}, and"
       " it cannot be brought back by scaling the inputs: either the outputs are not in proportion"

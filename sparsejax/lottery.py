@@ -156,7 +156,7 @@ def prune(
 
   Returns:
     A full boolean tree. Of n active weights exactly round((1 - rate) n) stay so, in all or, with a
-    tree of rates, in each leaf.
+    tree of rates, in each leaf. It warns of a leaf in which none does.
 
   Raises:
     ValueError: if a rate is out of range, or if the trees do not match.
@@ -185,13 +185,14 @@ def prune(
   pruned = selection.select(
     weights, counts.from_ints(np.array(k, np.uint64)), active=active, score=jnp.abs
   )
-  found = jax.tree.unflatten(treedef, [~p for p in pruned])
-  return jax.tree.map(
+  found = jax.tree.map(
     lambda new, old: old if masks_lib.is_masked_node(new) else new,
-    found,
+    jax.tree.unflatten(treedef, [~p for p in pruned]),
     masks,
     is_leaf=masks_lib.is_masked_node,
   )
+  masks_lib.warn_of_emptied(found, stacklevel=2)
+  return found
 
 
 def _train(train, ticket: Ticket) -> tuple[PyTree, Mapping[int, PyTree]]:

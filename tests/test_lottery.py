@@ -41,7 +41,7 @@ def pruned_by_sorting(weights, mask, rate):
   return mask.reshape(weights.shape)
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.2, 0.999])
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.6])
 def test_prune_with_one_rate_takes_the_smallest_of_all_layers(rate):
   params, masks = random_tree(), all_true(random_tree())
   for seed in range(3):
@@ -80,9 +80,15 @@ def test_weights_that_were_pruned_count_for_nothing_whatever_their_value():
   np.testing.assert_array_equal(lottery.prune(params, masks, 0.5)["kernel"], expected)
 
 
+def test_a_layer_that_is_emptied_is_warned_about():
+  params = {"small": jnp.full((2, 2), 0.1), "large": jnp.ones((3, 4))}
+  with pytest.warns(UserWarning, match="no weight is left in 'small'"):
+    lottery.prune(params, all_true(params), 0.5)
+
+
 def remaining(shapes, rates, exempt=0, rounds=14):
   """Percentages of weights that are left after each round, of ramps instead of networks."""
-  params = [jnp.arange(1.0, np.prod(shape) + 1).reshape(shape) for shape in shapes]
+  params = [jnp.linspace(1.0, 0.0, int(np.prod(shape))).reshape(shape) for shape in shapes]
   masks = [jnp.ones(shape, bool) for shape in shapes]
   total = sum(mask.size for mask in masks) + exempt
   found = []
