@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import counts, selection
+from sparsejax import arguments, counts, selection
 from sparsejax import masks as masks_lib
 from sparsejax.counts import Count
 from sparsejax.masks import Prunable, PyTree, is_kernel
@@ -153,7 +153,7 @@ def masks_from_scores(
   leaves, treedef = jax.tree.flatten(pool)
   if not leaves:
     return jax.tree.map(lambda s: jnp.ones_like(s, dtype=bool), scores)
-  sparsity = check_sparsity("sparsity", sparsity)
+  sparsity = arguments.check_sparsity("sparsity", sparsity)
   check_leaves(sparsity, scores, pool)
   sparsity = for_leaves(sparsity, pool)
   k = count_pruned([s.shape for s in leaves], sparsity, allocation)
@@ -162,37 +162,6 @@ def masks_from_scores(
   masks = masks_lib.full_masks(kept, scores)
   masks_lib.warn_of_emptied(masks, stacklevel=2)
   return masks
-
-
-def check_sparsity(name: str, sparsity: Sparsity) -> Sparsity:
-  """Checks a sparsity as far as it is known; makes floats of Python and NumPy numbers.
-
-  Args:
-    name: what to call it in an error.
-    sparsity: a scalar, or a tree of scalars.
-
-  Returns:
-    It, with floats for Python and NumPy numbers: they are computed with in float64.
-
-  Raises:
-    ValueError: if a value is not a number in [0, 1).
-  """
-
-  def check_scalar(path, value):
-    label = name + jax.tree_util.keystr(path)
-    if isinstance(value, jax.core.Tracer) and value.ndim == 0:
-      return value
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, jax.Array, np.ndarray)):
-      raise ValueError(f"{label} must be a number in [0, 1), got {value!r}.")
-    if np.ndim(value) != 0:
-      raise ValueError(f"{label} must be a scalar, got an array of shape {value.shape}.")
-    if not 0 <= float(value) < 1:
-      raise ValueError(
-        f"{label} is the fraction of weights to prune and must be in [0, 1), got {value!r}."
-      )
-    return value if isinstance(value, jax.Array) else float(value)
-
-  return jax.tree_util.tree_map_with_path(check_scalar, sparsity)
 
 
 def check_leaves(sparsity: Sparsity, tree: PyTree, pool: PyTree) -> None:

@@ -105,7 +105,10 @@ def check(totals: jax.Array, are_sound: jax.Array, stacklevel: int) -> None:
   if isinstance(totals, jax.core.Tracer):
     return
   totals, are_sound = np.atleast_1d(totals), np.atleast_1d(are_sound)
-  wider = "compute in float64, with parameters and inputs made under jax.enable_x64(True)."
+  wider = (
+    "compute in float64, with parameters and inputs made under jax.enable_x64(True) and a network"
+    " that keeps their type."
+  )
   for i in np.flatnonzero(~are_sound)[:1]:
     raise ValueError(
       f"in round {i + 1} the synaptic flow of the network leaves the range of {totals.dtype}, and"

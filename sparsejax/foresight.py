@@ -10,7 +10,6 @@ single precision at least. All functions may be used under `jax.jit`, where the 
 left out. They compile anew each time that they are called: to score many networks, jit the call.
 """
 
-import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import counts, scoring, selection
+from sparsejax import arguments, counts, scoring, selection
 from sparsejax import flow as flow_lib
 from sparsejax import masks as masks_lib
 from sparsejax.allocation import Allocation, Sparsity
@@ -298,8 +297,7 @@ def synflow(
     Tanaka et al., `Pruning neural networks without any data by iteratively conserving synaptic flow
     <https://arxiv.org/abs/2006.05467>`_, 2020
   """
-  if isinstance(rounds, bool) or not isinstance(rounds, numbers.Integral) or rounds < 1:
-    raise ValueError(f"rounds must be a positive integer, got {rounds!r}.")
+  rounds = arguments.check_integer("rounds", rounds, at_least=1)
   scoring.check_params(params)
   weights = scoring.widened(params)
   pool = masks_lib.select_prunable(weights, prunable)
@@ -330,7 +328,7 @@ def synflow(
 def _counts_of_rounds(weights, pool, sparsity, rounds, allocation) -> np.ndarray:
   """How many weights are pruned after each round, of all layers or of each."""
   allocation_lib.resolve(allocation)
-  sparsity = allocation_lib.check_sparsity("sparsity", sparsity)
+  sparsity = arguments.check_sparsity("sparsity", sparsity)
   if any(isinstance(s, jax.core.Tracer) for s in jax.tree.leaves(sparsity)):
     raise ValueError("the sparsity must be a Python number: SynFlow counts its rounds beforehand.")
   allocation_lib.check_leaves(sparsity, weights, pool)

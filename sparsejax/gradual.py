@@ -1,15 +1,13 @@
 """From dense to sparse during training: what is pruned stays pruned."""
 
-import numbers
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import counts, criteria, rules, transform
+from sparsejax import arguments, counts, criteria, rules, transform
 from sparsejax import masks as masks_lib
 from sparsejax.allocation import Allocation
 from sparsejax.criteria import Criterion
@@ -83,13 +81,13 @@ def progressive_pruning(
     Qureshi et al., `Finding Sparse Subnetworks in One Training Cycle via Progressive
     Magnitude-Based Pruning <https://arxiv.org/abs/2606.12278>`_, 2026
   """
-  steps = _check_integer("steps", steps, at_least=1)
-  every = _check_integer("every", every, at_least=1)
-  begin = _check_integer("begin", begin, at_least=0)
-  initial = allocation_lib.check_sparsity("initial", initial)
+  steps = arguments.check_integer("steps", steps, at_least=1)
+  every = arguments.check_integer("every", every, at_least=1)
+  begin = arguments.check_integer("begin", begin, at_least=0)
+  initial = arguments.check_sparsity("initial", initial)
   if not isinstance(initial, float):
     raise ValueError(f"initial must be a Python number, got {initial!r}.")
-  sparsity = allocation_lib.check_sparsity("sparsity", sparsity)
+  sparsity = arguments.check_sparsity("sparsity", sparsity)
   if isinstance(sparsity, float) and initial > sparsity:
     raise ValueError(f"initial must not exceed the sparsity, got {initial} and {sparsity}.")
   ramped = [min(c + every, steps) for c in range(0, steps, every)]
@@ -162,9 +160,9 @@ def gradual_pruning(
     end: the call at which they change last. Without it they go on changing. A schedule that is to
       be followed to its last value needs a change at or after that: with n calls, the last one is
       number n - 1.
-    keep_weights: whether updates pass unchanged, so that pruned weights keep their values, and masks
-      are chosen among all weights at each change. They are to be applied in the loss, which keeps
-      the gradient of pruned weights at zero, and to the weights that training leaves.
+    keep_weights: whether updates pass unchanged, so that pruned weights keep their values, and
+      masks are chosen among all weights at each change. They are to be applied in the loss, which
+      keeps the gradient of pruned weights at zero, and to the weights that training leaves.
     allocation: how the overall sparsity is shared out among layers: "global", "uniform", "er",
       "erk", or a function; see `sparsejax.allocation`.
     criterion: the score of each weight, a function of a `sparsejax.criteria.Leaf`; lowest pruned.
@@ -202,10 +200,10 @@ def gradual_pruning(
       f"schedule must be a function of the number of the call, got {schedule!r}: for a constant,"
       " use optax.constant_schedule."
     )
-  every = _check_integer("every", every, at_least=1)
-  begin = _check_integer("begin", begin, at_least=0)
+  every = arguments.check_integer("every", every, at_least=1)
+  begin = arguments.check_integer("begin", begin, at_least=0)
   if end is not None:
-    end = _check_integer("end", end, at_least=0)
+    end = arguments.check_integer("end", end, at_least=0)
     if begin >= end:
       raise ValueError(f"begin must be less than end, got begin={begin} and end={end}.")
 
@@ -269,7 +267,7 @@ def one_shot_pruning(
     [[3. 0.]
      [0. 4.]]
   """
-  at = _check_integer("at", at, at_least=0)
+  at = arguments.check_integer("at", at, at_least=0)
   return progressive_pruning(
     sparsity,
     steps=1,
@@ -369,12 +367,3 @@ def _prune_lowest(
     return state
 
   return optax.GradientTransformationExtraArgs(init_fn, pruning.update)
-
-
-def _check_integer(name: str, value: Any, at_least: int) -> int:
-  if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-    raise ValueError(f"{name} must be an integer, got {value!r}: wrap it in int() or round().")
-  if not at_least <= value < 2**31:
-    raise ValueError(f"{name} must be at least {at_least} and below 2**31, got {value!r}.")
-  # NumPy's small integers would overflow in the arithmetic to come.
-  return int(value)

@@ -17,14 +17,14 @@ References:
 
 import numbers
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import counts, selection
+from sparsejax import arguments, counts, selection
 from sparsejax import masks as masks_lib
 from sparsejax.masks import Prunable, PyTree, is_kernel
 
@@ -116,8 +116,8 @@ def iterative_pruning(
     1 50%
     2 75%
   """
-  rounds = _check_integer("rounds", rounds, at_least=1)
-  rewind_to = _check_integer("rewind_to", rewind_to, at_least=0)
+  rounds = arguments.check_integer("rounds", rounds, at_least=1)
+  rewind_to = arguments.check_integer("rewind_to", rewind_to, at_least=0)
   _check_rate(rate, params, prunable)
   return _rounds(train, params, rounds, rate, rewind_to, rewind_weights, prunable, last)
 
@@ -213,11 +213,5 @@ def _train(train, ticket: Ticket) -> tuple[PyTree, Mapping[int, PyTree]]:
 
 
 def _check_rate(rate: float | PyTree, params: PyTree, prunable: Prunable) -> None:
-  allocation_lib.check_sparsity("rate", rate)
+  arguments.check_sparsity("rate", rate)
   allocation_lib.check_leaves(rate, params, masks_lib.select_prunable(params, prunable))
-
-
-def _check_integer(name: str, value: Any, at_least: int) -> int:
-  if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < at_least:
-    raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}.")
-  return int(value)

@@ -829,7 +829,7 @@ def test_a_sparsity_out_of_range_is_an_error_that_shows_it(sparsity):
 
 @pytest.mark.parametrize("rounds", [0, -1, 1.5, True, None])
 def test_a_number_of_rounds_that_is_none_is_an_error_that_shows_it(rounds):
-  with pytest.raises(ValueError, match=f"rounds must be a positive integer, got {rounds}"):
+  with pytest.raises(ValueError, match=rf"rounds must be .*, got {rounds}"):
     foresight.synflow(forward, make_params(), jnp.ones((1, 6)), 0.5, rounds=rounds)
 
 
