@@ -86,16 +86,13 @@ def test_recipes_of_one_series_differ_in_sparsity_alone():
     assert same_but_for_sparsity(f"resnet18-cifar10-{other}") == same_but_for_sparsity(name)
 
 
-# One of each series, of which the test above speaks for the others, and each method on LeNet at one
-# sparsity and length; of those on larger networks, the ones that look into the network.
-SMOKED = [
-  name
-  for name in RECIPES
-  if not re.search(
-    r"resnet18-cifar10-(?!dense|72\.9$)|mnist-78\.9-e|e200|vgg19-cifar10-(?!98)", name
-  )
-  and not re.search(r"vgg19-cifar10-98-(gmp|one-shot|magnitude|random|lth-8)", name)
-]
+# One of each series, of which the test above speaks for the others; each method on LeNet-300-100
+# at one sparsity and length. Of methods on larger networks, two that look into the network.
+METHODS = ("gmp", "gmp-original", "one-shot", "snip", "grasp", "synflow", "random", "lth-8x5")
+SMOKED = [name for name in RECIPES if not re.search(r"-e\d+-|lth|cifar10.*-(\d\d|72\.9)-", name)]
+SMOKED = [name for name in SMOKED if not re.search(r"resnet18-cifar10-(?!dense|72\.9)", name)]
+SMOKED += [f"lenet300-mnist-98-e40-{method}" for method in METHODS]
+SMOKED += ["lenet300-mnist-e40-lth-rewind", "vgg19-cifar10-98-grasp", "vgg19-cifar10-98-synflow"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
