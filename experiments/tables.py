@@ -119,6 +119,14 @@ TABLES = {
         "LTH": _rows(f"{prefix}-lth-8x5" for prefix in _E40),
         "LTH, rewinding to epoch 1": _rows(f"{prefix}-lth-rewind-13x4" for prefix in _E40),
       },
+      "LeNet-300-100 on MNIST, 40 epochs: why SNIP falls short": {
+        "SNIP": _rows(("lenet300-mnist-98-e40-snip",)),
+        "SNIP, its own initialisation": _rows(("lenet300-mnist-98-e40-snip-own-init",)),
+        "SNIP, no augmentation": _rows(("lenet300-mnist-98-e40-snip-plain",)),
+        "SNIP, its own initialisation, no augmentation": _rows(
+          ("lenet300-mnist-98-e40-snip-own-init-plain",)
+        ),
+      },
       "LeNet-300-100 on MNIST, 200 epochs": _single_cycle(
         "lenet300-mnist-dense", ("lenet300-mnist-78.9-e200-progressive", "lenet300-mnist-98"), _E200
       ),
