@@ -197,10 +197,11 @@ RECIPES |= {
   ),
   "lenet300-mnist-98-e40-lth-rewind-13x4": by_layer(higher, cycles=13, rewind_epoch=1, in_all=True),
 }
-# Why SNIP falls short here of what is published of it at 98 % (97.6): with the initialisation that is
-# published for progressive pruning, logits start with a standard deviation of 11 to 15, so that the
-# softmax is saturated and the scores are about its mistakes; and so few weights, chosen before
-# training, follow this augmentation badly.
+
+# Why SNIP falls short here of what is published of it at 98 % (97.6): with the initialisation of
+# progressive pruning, logits start with a standard deviation of 11 to 15, so that the softmax is
+# saturated and the scores are about its mistakes; and so few weights, chosen beforehand, follow
+# this augmentation badly.
 snip = RECIPES["lenet300-mnist-98-e40-snip"]
 RECIPES |= {
   "lenet300-mnist-98-e40-snip-own-init": dataclasses.replace(snip, model="lenet300-snip"),
