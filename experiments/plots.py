@@ -1,15 +1,20 @@
 """Pictures of runs, made from their metrics."""
 
+import functools
+import math
 import pathlib
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib import ticker
+from matplotlib.axes import Axes
 
 import sparsejax
 from experiments.recipe import Recipe
-from experiments.tables import Row, Table
+from experiments.tables import Row, Series, Table
 
 Results = Mapping[Row, Mapping[int, dict[str, Any]]]
 
@@ -60,7 +65,8 @@ def plot_table(
 ) -> None:
   """Draws test accuracy over sparsity: our runs, their means, and what is published.
 
-  Each block of the table has its own axes, unless it has no results. Where the accuracy of the best
+  Each block of the table has its own axes, unless it has no results and is not of published runs
+  for the greater part. Where the accuracy of the best
   epoch is published, ours of that kind stands beside it. Runs that collapsed fall out of the
   picture; the titles count them.
 
@@ -70,55 +76,59 @@ def plot_table(
     recipes: all recipes, by name.
     results: by row and seed, the contents of `result.json`.
   """
-  blocks = {
-    title: series
-    for title, series in table.blocks.items()
-    if any(results[row] for rows in series.values() for row in rows)
-  } or table.blocks
-  figure, axes = _subplots(len(blocks))
-  for (title, series), axis in zip(blocks.items(), axes[0]):
-    collapsed = sum(
-      len(results[row]) - len(_alive(results[row])) for rows in series.values() for row in rows
-    )
+  panels = []
+  for title, block in table.blocks.items():
+    rows = [row for rows in block.values() for row in rows]
+    published = [row for row in rows if recipes[row.recipe].published]
+    if not any(results[row] for row in rows) and len(published) <= len(rows) / 2:
+      continue
+    collapsed = sum(len(results[row]) - len(_alive(results[row])) for row in rows)
     title += f" (not drawn: {collapsed} collapsed)" if collapsed else ""
-    for i, (label, rows) in enumerate(series.items()):
-      style = _style(i)
-      means = {}
-      for row in rows:
-        alive = _alive(results[row])
-        published = recipes[row.recipe].published
-        if published is not None:
-          axis.errorbar(
-            100 * recipes[row.recipe].sparsity,
-            published.accuracy,
-            published.spread,
-            fmt="D" if published.epoch == "last" else "*",
-            mfc="none",
-            color=style["color"],
-            capsize=3,
-          )
-        for run in alive:
-          axis.plot(
-            100 * run["sparsity"], run["test_accuracy"], ".", color=style["color"], alpha=0.4
-          )
-          if run["best_test_accuracy"] is not None:
-            best = run["best_test_accuracy"]["test_accuracy"]
-            axis.plot(100 * run["sparsity"], best, "*", color=style["color"])
-        if alive:
-          at, accuracies = zip(*((100 * run["sparsity"], run["test_accuracy"]) for run in alive))
-          means[statistics.mean(at)] = statistics.mean(accuracies)
-      axis.plot(list(means), list(means.values()), label=label, **style)
-    rows = [row for rows in series.values() for row in rows]
-    axis.plot([], [], ".", color="k", label="one seed")
-    if any(recipes[row.recipe].published for row in rows):
-      axis.plot([], [], "D", mfc="none", color="k", label="published")
-    if any(recipes[row.recipe].best_above < 1 for row in rows):
-      axis.plot([], [], "*", color="k", label="best epoch, by the test set")
-      axis.plot([], [], "*", mfc="none", color="k", label="published, best epoch")
-    axis.set(title=title, xlabel="sparsity (%)", ylabel="test accuracy (%)")
-    axis.legend(fontsize="small")
-  figure.savefig(path, dpi=80)
-  plt.close(figure)
+    panels.append((title, functools.partial(_draw_block, block, recipes, results)))
+  _draw(path, panels, xlabel="sparsity (%)")
+
+
+def _draw_block(block: Series, recipes: Mapping[str, Recipe], results: Results, axis: Axes) -> None:
+  """Draws a line for each series; what is not pruned at all is a level to compare with."""
+  # Many methods at the same sparsities stand side by side.
+  step = 0.5 if len(block) > 5 else 0.0
+  for i, (label, rows) in enumerate(block.items()):
+    style, means = _style(i), {}
+    shift = step * (i - (len(block) - 1) / 2)
+    unpruned = [run for row in rows for run in _alive(results[row])]
+    if unpruned and not any(run["pruned"] for run in unpruned):
+      mean = statistics.mean(run["test_accuracy"] for run in unpruned)
+      axis.axhline(mean, color=style["color"], linestyle="--", label=label)
+      continue
+    for row in rows:
+      published = recipes[row.recipe].published
+      if published is not None:
+        axis.errorbar(
+          100 * recipes[row.recipe].sparsity + shift,
+          published.accuracy,
+          published.spread,
+          fmt="D" if published.epoch == "last" else "*",
+          mfc="none",
+          color=style["color"],
+          capsize=3,
+        )
+      alive = _alive(results[row])
+      for run in alive:
+        at = 100 * run["sparsity"] + shift
+        axis.plot(at, run["test_accuracy"], ".", color=style["color"], alpha=0.4)
+        if run["best_test_accuracy"] is not None:
+          axis.plot(at, run["best_test_accuracy"]["test_accuracy"], "*", color=style["color"])
+      if alive:
+        at = 100 * statistics.mean(run["sparsity"] for run in alive) + shift
+        means[at] = statistics.mean(run["test_accuracy"] for run in alive)
+    axis.plot(list(means), list(means.values()), label=label, **style)
+  rows = [row for rows in block.values() for row in rows]
+  axis.plot([], [], ".", color="k", label="one seed")
+  if any(recipes[row.recipe].published for row in rows):
+    axis.plot([], [], "D", mfc="none", color="k", label="published")
+  if any(recipes[row.recipe].best_above < 1 for row in rows):
+    axis.plot([], [], "*", color="k", label="best epoch, by the test set")
+    axis.plot([], [], "*", mfc="none", color="k", label="published, best epoch")
 
 
 def plot_costs(
@@ -129,42 +139,87 @@ def plot_costs(
   Blocks of the table whose titles agree up to a comma share their axes, one for each sparsity; the
   dense networks are in all of them. The arguments are those of `plot_table`.
   """
-  points = {}  # By network and data: (label, epochs, sparsity, accuracies), in per cent.
-  labels = list(dict.fromkeys(label for block in table.blocks.values() for label in block))
-  for title, series in table.blocks.items():
-    for label, rows in series.items():
+  points = {}  # By what axes share.
+  for title, block in table.blocks.items():
+    for label, rows in block.items():
       for row in rows:
         if alive := _alive(results[row]):
           recipe = recipes[row.recipe]
-          epochs = recipe.epochs_after(row.cycle or recipe.cycles)
           sparsity = 100 * statistics.mean(run["sparsity"] for run in alive)
-          accuracies = [run["test_accuracy"] for run in alive]
-          point = (label, epochs, sparsity, accuracies)
+          epochs = recipe.epochs_after(row.cycle or recipe.cycles)
+          point = _Point(label, epochs, sparsity, [run["test_accuracy"] for run in alive])
           points.setdefault(title.split(",")[0], []).append(point)
-  panels = [
-    (title, group, [point for point in found if point[2] in (0, *group)])
-    for title, found in points.items()
-    for group in _close_together({point[2] for point in found} - {0})
-  ]
-  figure, axes = _subplots(max(len(panels), 1))
-  for (title, group, found), axis in zip(panels, axes[0]):
-    for i, label in enumerate(labels):
-      of_label = sorted({each[1]: each[3] for each in found if each[0] == label}.items())
-      if of_label:
-        means = [statistics.mean(accuracies) for _, accuracies in of_label]
-        spreads = [
-          statistics.stdev(accuracies) if len(accuracies) > 1 else 0 for _, accuracies in of_label
-        ]
-        axis.errorbar(
-          [epochs for epochs, _ in of_label], means, spreads, label=label, capsize=3, **_style(i)
-        )
-    pruned = "" if not group else f", {min(group):.1f}"
-    pruned += f" to {max(group):.1f}" if len(group) > 1 else ""
-    axis.set(title=f"{title}{pruned} % pruned", xlabel="epochs of training, in all cycles together")
-    axis.set(ylabel="test accuracy (%)", xscale="log")
-    axis.legend(fontsize="small")
+  labels = list(dict.fromkeys(label for block in table.blocks.values() for label in block))
+  panels = []
+  for title, found in points.items():
+    for group in _close_together({point.sparsity for point in found} - {0}):
+      chosen = [point for point in found if point.sparsity in (0, *group)]
+      pruned = " to ".join(dict.fromkeys(f"{bound:.1f}" for bound in (min(group), max(group))))
+      panels.append((f"{title}, {pruned} % pruned", functools.partial(_draw_costs, labels, chosen)))
+  _draw(path, panels, xlabel="epochs of training, of all cycles together")
+
+
+class _Point(NamedTuple):
+  """A row of a table in the figure of costs; accuracies and sparsity in per cent."""
+
+  label: str
+  epochs: int
+  sparsity: float
+  accuracies: Sequence[float]
+
+
+def _draw_costs(labels: Sequence[str], points: Sequence[_Point], axis: Axes) -> None:
+  for i, label in enumerate(labels):
+    line = {point.epochs: point.accuracies for point in points if point.label == label}
+    if line:
+      axis.errorbar(
+        sorted(line),
+        [statistics.mean(line[epochs]) for epochs in sorted(line)],
+        [_spread(line[epochs]) for epochs in sorted(line)],
+        label=label,
+        capsize=3,
+        **_style(i),
+      )
+  axis.set_xscale("log")
+  axis.set_xticks(sorted({point.epochs for point in points}), minor=False)
+  axis.xaxis.set_major_formatter("{x:.0f}")
+  axis.xaxis.set_minor_locator(ticker.NullLocator())
+
+
+def _draw(
+  path: pathlib.Path, panels: Sequence[tuple[str, Callable[[Axes], None]]], xlabel: str
+) -> None:
+  """Draws each panel, a title and a function, on axes of its own, at most two in a line."""
+  columns, lines = min(max(len(panels), 1), 2), max(math.ceil(len(panels) / 2), 1)
+  figure, axes = plt.subplots(
+    lines, columns, figsize=(7 * columns, 5 * lines), layout="constrained", squeeze=False
+  )
+  for axis in axes.ravel()[len(panels) :]:
+    axis.set_axis_off()
+  for (title, draw), axis in zip(panels, axes.ravel()):
+    draw(axis)
+    axis.set(title=title, xlabel=xlabel, ylabel="test accuracy (%)")
+    _spread_high_accuracies(axis)
+    axis.legend(fontsize="x-small")
   figure.savefig(path, dpi=80)
   plt.close(figure)
+
+
+def _spread_high_accuracies(axis: Axes) -> None:
+  """Gives each halving of the error as much room, if accuracies differ much."""
+  low, high = axis.get_ylim()
+  ticks = [tick for tick in (20, 50, 80, 90, 95, 97, 98, 98.5, 99, 99.3) if low <= tick <= high]
+  if high - low > 5:
+    axis.set_yscale(
+      "function",
+      functions=(lambda a: -np.log(np.maximum(100.2 - a, 0.1)), lambda x: 100.2 - np.exp(-x)),
+    )
+    axis.set_ylim(low, min(high, 99.6))
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+
+
+def _spread(values: Sequence[float]) -> float:
+  return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _close_together(values: Iterable[float], gap: float = 2.0) -> list[list[float]]:
@@ -184,7 +239,3 @@ def _alive(runs: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
 def _style(i: int) -> dict[str, str]:
   """Colour and marker of the i-th line: more than there are colours differ in the marker."""
   return {"color": f"C{i % 10}", "marker": "os^v"[i // 10 % 4], "linestyle": "-"}
-
-
-def _subplots(count: int):
-  return plt.subplots(1, count, figsize=(6.5 * count, 5.5), layout="constrained", squeeze=False)
