@@ -61,6 +61,40 @@ def test_the_table_says_which_accuracies_are_of_the_best_epoch(folder):
   assert "| - | 1 | 200 | 95.12 ± 0.09 (n = 5, 3,602 s) | not run | - | - |" in row
 
 
+def cycle(accuracy, pruned, seconds, collapsed=None):
+  return {
+    "test_accuracy": accuracy,
+    "pool": 100,
+    "pruned": pruned,
+    "sparsity": pruned / 100,
+    "collapsed_in_epoch": collapsed,
+    "seconds": {"train": seconds},
+  }
+
+
+def test_a_run_of_several_cycles_is_read_after_those_that_the_table_asks_for(tmp_path):
+  (tmp_path / "runs").mkdir()
+  name = "lenet300-mnist-e40-lth"
+  for seed in (42, 123):
+    tickets = result(name, seed, 97.0)
+    tickets["cycles"] = [cycle(98.0 + i / 100, 4 * i, 10.0 * (i + 1)) for i in range(19)]
+    tickets["cycles"][7] = cycle(98.5 + seed / 1000, 79, 80.0, 3 if seed == 42 else None)
+    (tmp_path / f"runs/{name}-seed{seed}.json").write_text(json.dumps(tickets))
+  name = "lenet300-mnist-98-e40-snip"
+  path = tmp_path / f"runs/{name}-seed42.json"
+  path.write_text(json.dumps(result(name, 42, 91.0)))
+
+  table, _ = reproduce.reproduce(reproduce.Options("baselines", results=tmp_path, train=False))
+  eighth, last = [line for line in table.splitlines() if "`lenet300-mnist-e40-lth`, after" in line]
+  assert "after cycle 8 | 79 of 100 | 8 | 320 | 98.58 ± 0.06 (n = 2); without" in eighth
+  assert "| cpu | 80 s | 98.54 (collapsed in epoch 3) | 98.62 | not run |" in eighth
+  assert "after cycle 19 | 72 of 100 | 19 | 760 | 98.18 ± 0.00 (n = 2) | cpu | 190 s |" in last
+  assert "| `lenet300-mnist-98-e40-snip` | 78 of 100 | 1 | 40 | 91.00 (n = 1) |" in table
+  assert table.count("### ") == len(reproduce.TABLES["baselines"].blocks)
+  for figure in ("baselines.png", "baselines-cost.png"):
+    assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
+
+
 def test_every_published_run_is_in_the_table():
   published = {name for name, recipe in RECIPES.items() if recipe.published}
   assert len(published) == 8 + 2 + 2
