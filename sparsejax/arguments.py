@@ -19,6 +19,12 @@ def check_integer(name: str, value: Any, at_least: int) -> int:
   return int(value)
 
 
+def check_key(key: Any) -> None:
+  """Raises a ValueError if this is no random key."""
+  if not isinstance(key, (jax.Array, np.ndarray)):
+    raise ValueError(f"key must be a random key, got {key!r}: pass jax.random.key(seed).")
+
+
 def check_sparsity(name: str, sparsity: PyTree) -> PyTree:
   """Checks a sparsity as far as it is known; makes floats of Python and NumPy numbers.
 

@@ -111,7 +111,7 @@ def check(totals: jax.Array, are_sound: jax.Array, stacklevel: int) -> None:
   )
   for i in np.flatnonzero(~are_sound)[:1]:
     raise ValueError(
-      f"in round {i + 1} the synaptic flow of the network leaves the range of {totals.dtype}, and"
+      f"in round {i + 1} the synaptic flow of the network leaves the range of its numbers, and"
       " it cannot be brought back by scaling the inputs: either the outputs are not in proportion"
       " to the inputs (are there biases or shifts other than zero?), or there are parameters that"
       f" are not finite, or it is too far beyond. For the first and last, {wider}"
@@ -120,12 +120,12 @@ def check(totals: jax.Array, are_sound: jax.Array, stacklevel: int) -> None:
   if dead.size and dead[0] == 0:
     raise ValueError(
       "all scores are zero: no path of weights other than zero leads from the inputs to the"
-      f" outputs, or else the flow is below the range of {totals.dtype}: if so, {wider}"
+      f" outputs, or else the flow is below the range of its numbers: if so, {wider}"
     )
   if dead.size:
     warnings.warn(
       f"from round {dead[0] + 1} on all scores are zero, and the first weights go: so sparse, no"
       " path leads from the inputs to the outputs any more (or the flow is below the range of"
-      f" {totals.dtype}).",
+      " its numbers).",
       stacklevel=stacklevel + 1,
     )

@@ -5,7 +5,7 @@ Each method scores every parameter, and the lowest scores are to be pruned;
 masks. The network is the caller's function of its parameters: what its batch normalisation and
 dropout do while it is scored, and which weights are shared, is written there.
 
-Half-precision parameters reach that function as they are; scores and sums of gradients are in
+Half-precision parameters reach that function as they are; its scores and sums of gradients are in
 single precision at least. All functions may be used under `jax.jit`, where the checks of values are
 left out. They compile anew each time that they are called: to score many networks, jit the call.
 """
@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import arguments, counts, scoring, selection
+from sparsejax import arguments, counts, scoring, selection, transform
 from sparsejax import flow as flow_lib
 from sparsejax import masks as masks_lib
 from sparsejax.allocation import Allocation, Sparsity
@@ -58,8 +58,7 @@ def random(params: PyTree, key: jax.Array) -> PyTree:
   Raises:
     ValueError: if a parameter is not a floating-point array, or if the key is no key.
   """
-  if not isinstance(key, (jax.Array, np.ndarray)):
-    raise ValueError(f"key must be a random key, got {key!r}: pass jax.random.key(seed).")
+  arguments.check_key(key)
   scoring.check_params(params)
   leaves, treedef = jax.tree.flatten(params)
   scores = [
@@ -167,6 +166,7 @@ def grasp(
   """
   scoring.check_batches(batches)
   scoring.check_params(params)
+  transform.check_prunable(params, masks_lib.select_prunable(params, prunable))
   weights, loss_fn = scoring.widened(params), scoring.loss_for_widened(loss_fn, params)
 
   @jax.jit
@@ -203,7 +203,8 @@ def grasp(
       " list, or an object that starts anew each time."
     )
   scores = jax.tree.map(jnp.multiply, weights, product)
-  scoring.check_scores(scores, "the weights, or the gradient of the loss times its Hessian,")
+  for checked in (scores, masks_lib.select_prunable(scores, prunable)):
+    scoring.check_scores(checked, "the weights, or the gradient of the loss times its Hessian,")
   return scores
 
 
@@ -228,7 +229,7 @@ def synflow_scores(
   """
   scoring.check_params(params)
   if masks is None:
-    masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
+    masks = masks_lib.all_true(params)
   masks_lib.check_boolean(masks)
   masks_lib.check_same_structure(masks, params, "the masks", "the parameters")
   flow = jax.jit(flow_lib.scores_of(apply_fn, params, inputs))
@@ -315,7 +316,7 @@ def synflow(
       return masks, (flow_lib.total(scores), is_sound)
 
     first = masks_lib.pick(pool, weights, "the pool", "the weights")
-    return lax.scan(prune_once, jax.tree.map(lambda w: jnp.ones_like(w, dtype=bool), first), k)
+    return lax.scan(prune_once, masks_lib.all_true(first), k)
 
   masks, (totals, are_sound) = prune(weights, inputs)
   if jax.tree.leaves(pool):

@@ -1,4 +1,4 @@
-"""From dense to sparse during training: what is pruned stays pruned."""
+"""From dense to sparse during training. What is pruned stays pruned, unless weights are kept."""
 
 from collections.abc import Callable
 
@@ -141,7 +141,8 @@ def gradual_pruning(
   `begin` and :math:`\Delta` is `every`, up to `end`, and a last time at `end` itself. The call at c
   brings the overall sparsity to `schedule(c)` by pruning the active weights of lowest score, by
   default of smallest magnitude.
-  Weights that are pruned stay pruned: where the schedule falls, nothing changes.
+  Weights that are pruned stay pruned: where the schedule falls, nothing changes. (Not so if they
+  are kept, below.)
 
   The cubic schedule of Zhu & Gupta is `optax.polynomial_schedule(0., s, 3, steps)`. In the original
   form of their method, pruned weights keep their values and return when these rank high enough

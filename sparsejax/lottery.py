@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import arguments, counts, selection
+from sparsejax import arguments, counts, selection, transform
 from sparsejax import masks as masks_lib
 from sparsejax.masks import Prunable, PyTree, is_kernel
 
@@ -83,8 +83,8 @@ def iterative_pruning(
 
   Args:
     train: trains a `Ticket`, and returns weights by the number of steps after which they were
-      saved. Those of the largest number are the trained ones. In round 0 there have to be those of
-      `rewind_to` too, unless that is 0.
+      saved. Those of the largest number are the trained ones. To rewind weights to a later step
+      than 0, there have to be those of `rewind_to` too in round 0. It may donate the ticket.
     params: the initial weights: any pytree, which may hold other arrays of the network besides,
       such as the running statistics of batch normalisation, that are not prunable.
     rounds: number of trainings.
@@ -100,7 +100,8 @@ def iterative_pruning(
     A `Round` for each training, before its weights are pruned.
 
   Raises:
-    ValueError: if an argument is out of its range; if `train` does not return weights by step; on
+    ValueError: if an argument is out of its range or a prunable leaf not floating-point, before
+      anything is trained; if `train` does not return weights by step; on
       going on after round 0, if it has not saved those of `rewind_to`: the round itself is yielded
       all the same.
 
@@ -118,15 +119,20 @@ def iterative_pruning(
   """
   rounds = arguments.check_integer("rounds", rounds, at_least=1)
   rewind_to = arguments.check_integer("rewind_to", rewind_to, at_least=0)
-  _check_rate(rate, params, prunable)
+  rate = _check_rate(rate, params, prunable)
+  if last is not None:
+    masks_lib.check_same_structure(last.masks, params, "the last round's masks", "the weights")
+  params = _copy(params)
   return _rounds(train, params, rounds, rate, rewind_to, rewind_weights, prunable, last)
 
 
 def _rounds(train, params, rounds, rate, rewind_to, rewind_weights, prunable, last):
   if last is None:
-    masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
-    trained, saved = _train(train, Ticket(0, params, masks, step=0))
-    last = Round(0, masks, trained, saved.get(rewind_to) if rewind_to else params)
+    # Copies, since a training may use up the buffers of its ticket.
+    ticket = Ticket(0, _copy(params), masks_lib.all_true(params), step=0)
+    trained, saved = _train(train, ticket)
+    early = saved.get(rewind_to) if rewind_to else params
+    last = Round(0, masks_lib.all_true(params), trained, early)
     yield last
   for index in range(int(last.index) + 1, rounds):
     masks = prune(last.trained, last.masks, rate, prunable=prunable)
@@ -136,7 +142,7 @@ def _rounds(train, params, rounds, rate, rewind_to, rewind_weights, prunable, la
         f"rewind_to={rewind_to}, but in round 0 `train` has not saved the weights after so many"
         " steps: it has to return them beside the trained ones."
       )
-    ticket = Ticket(index, masks_lib.apply_masks(start, masks), masks, step=rewind_to)
+    ticket = Ticket(index, masks_lib.apply_masks(start, masks), _copy(masks), step=rewind_to)
     trained, _ = _train(train, ticket)
     last = Round(index, masks, trained, last.early)
     yield last
@@ -170,7 +176,7 @@ def prune(
     Array([[ True, False, False],
            [ True,  True, False]], dtype=bool)
   """
-  _check_rate(rate, params, prunable)
+  rate = _check_rate(rate, params, prunable)
   masks_lib.check_boolean(masks)
   masks_lib.check_same_structure(masks, params, "the masks", "the weights")
   pool = masks_lib.select_prunable(params, prunable)
@@ -212,6 +218,14 @@ def _train(train, ticket: Ticket) -> tuple[PyTree, Mapping[int, PyTree]]:
   return trained, saved
 
 
-def _check_rate(rate: float | PyTree, params: PyTree, prunable: Prunable) -> None:
-  arguments.check_sparsity("rate", rate)
-  allocation_lib.check_leaves(rate, params, masks_lib.select_prunable(params, prunable))
+def _check_rate(rate: float | PyTree, params: PyTree, prunable: Prunable) -> float | PyTree:
+  """The rate with Python floats, if it fits the weights and those can be pruned."""
+  pool = masks_lib.select_prunable(params, prunable)
+  transform.check_prunable(params, masks_lib.all_true(pool))
+  rate = arguments.check_sparsity("rate", rate)
+  allocation_lib.check_leaves(rate, params, pool)
+  return rate
+
+
+def _copy(tree: PyTree) -> PyTree:
+  return jax.tree.map(jnp.copy, tree)

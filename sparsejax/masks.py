@@ -164,6 +164,11 @@ def full_masks(kept: PyTree, tree: PyTree) -> PyTree:
   return jax.tree.map(full, kept, tree, is_leaf=is_masked_node)
 
 
+def all_true(tree: PyTree) -> PyTree:
+  """A boolean tree like this one, True everywhere, and sharded alike."""
+  return jax.tree.map(lambda x: jnp.ones_like(x, dtype=bool), tree)
+
+
 def warn_of_emptied(masks: PyTree, stacklevel: int) -> None:
   """Warns of layers in which no weight is left, if the masks are known."""
   leaves = {name: m for name, m in leaves_by_name(masks).items() if m.size}

@@ -108,8 +108,8 @@ def check_scores(scores: PyTree, factors: str) -> None:
   for name, value in largest.items():
     if not np.isfinite(value):
       raise ValueError(
-        f"the scores of {name!r} are not finite, although the loss is: look for derivatives that"
-        " are infinite (such as that of a square root at 0), or use a wider dtype."
+        f"the scores of {name!r} are not finite, although the loss is: look for parameters or"
+        " derivatives that are infinite (such as that of a square root at 0), or use a wider dtype."
       )
   if not any(largest.values()):
     raise ValueError(

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from sparsejax import arguments, selection
 from sparsejax import masks as masks_lib
-from sparsejax import selection
 from sparsejax.masks import Prunable, PyTree, is_kernel, is_masked_node
 
 
@@ -109,14 +108,12 @@ def masked_updates(
       floating-point; by `update`, if it gets no parameters, or others than `init` got.
   """
 
-  if key is not None and not isinstance(key, (jax.Array, np.ndarray)):
-    raise ValueError(f"key must be a random key, got {key!r}: pass jax.random.key(seed).")
+  if key is not None:
+    arguments.check_key(key)
 
   def init_fn(params):
-    masks = jax.tree.map(
-      lambda p: jnp.ones_like(p, dtype=bool), masks_lib.select_prunable(params, prunable)
-    )
-    _check_prunable(params, masks)
+    masks = masks_lib.all_true(masks_lib.select_prunable(params, prunable))
+    check_prunable(params, masks)
     return MaskedUpdatesState(
       count=jnp.zeros([], jnp.int32), masks=masks, key=None if key is None else jnp.array(key)
     )
@@ -238,7 +235,8 @@ def static_args(transformation: Callable[..., Any]) -> tuple[str, ...]:
   return tuple(name for name in inspect.signature(transformation).parameters if name != "sparsity")
 
 
-def _check_prunable(params: PyTree, masks: PyTree) -> None:
+def check_prunable(params: PyTree, masks: PyTree) -> None:
+  """Raises a ValueError if nothing can be pruned, or something that the masks are of cannot."""
   names = [masks_lib.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   if names and not jax.tree.leaves(masks):
     raise ValueError(

@@ -572,7 +572,7 @@ def test_biases_make_an_error_where_the_inputs_would_have_to_be_scaled(scale):
   expected = foresight.synflow_scores(chain, [layer["kernel"] for layer in layers], ones)
   assert_same([layer["kernel"] for layer in scores], expected)
   layers[5]["bias"] = np.full(12, 1e-3, np.float32)
-  message = r"round 1 .* leaves the range of float32, and .* biases .* float64"
+  message = r"round 1 .* leaves the range of its numbers, and .* biases .* float64"
   with pytest.raises(ValueError, match=message):
     foresight.synflow_scores(biased, layers, ones)
   with pytest.raises(ValueError, match=message):
@@ -599,7 +599,7 @@ def test_biases_are_no_error_where_the_flow_stays_in_range():
 @pytest.mark.parametrize("case", ["beyond", "infinite", "zero"])
 def test_a_flow_that_no_scaling_can_save_is_an_error(case):
   kernels, ones = make_chain(30, width=16, scale=2.0**6), jnp.ones((1, 16))
-  message = "round 1 .* leaves the range of float32, and it cannot be brought back"
+  message = "round 1 .* leaves the range of its numbers, and it cannot be brought back"
   if case == "infinite":
     kernels = make_chain(3, width=16)
     kernels[1][3, 3] = np.inf
@@ -854,3 +854,16 @@ def test_what_synflow_cannot_use_is_an_error_that_says_why():
     foresight.synflow_scores(
       forward, params, ones, {**masks, "dense1": {"kernel": masks["dense1"]["kernel"]}}
     )
+
+
+def test_grasp_without_anything_to_prune_is_an_error():
+  loss = lambda params, batch: jnp.sum(params["kernel"] ** 2)
+  with pytest.raises(ValueError, match="there is nothing to prune"):
+    foresight.grasp(loss, {"kernel": jnp.ones((2, 2))}, [0.0], prunable=lambda path, leaf: False)
+
+
+def test_grasp_with_scores_of_other_leaves_alone_is_an_error():
+  loss = lambda params, batch: jnp.sum(params["bias"] ** 2)
+  params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+  with pytest.raises(ValueError, match="all scores are zero"):
+    foresight.grasp(loss, params, [0.0])

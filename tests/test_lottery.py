@@ -1,3 +1,4 @@
+import functools
 import json
 import pathlib
 
@@ -248,6 +249,54 @@ def test_arguments_out_of_range_fail_before_anything_is_trained(options, said):
 def test_a_training_that_returns_something_else_is_an_error(returned, said):
   with pytest.raises(ValueError, match=said):
     next(lottery.iterative_pruning(lambda ticket: returned, ramp(), rounds=2))
+
+
+@pytest.mark.parametrize("rewind_to", [0, 2])
+def test_a_training_may_use_up_the_buffers_of_its_ticket(rewind_to):
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def add_one(params, masks):
+    return jax.tree.map(lambda p, m: p + m, params, masks), masks
+
+  def train(ticket):
+    params, masks, saved = ticket.params, ticket.masks, {}
+    for step in range(ticket.step, 5):
+      params, masks = add_one(params, masks)
+      saved[step + 1] = jax.tree.map(np.asarray, params)
+    return saved
+
+  initial = ramp()
+  options = dict(rounds=3, rate=0.5, rewind_to=rewind_to)
+  rounds = list(lottery.iterative_pruning(train, initial, **options))
+  assert [float(finished.trained["kernel"].max()) for finished in rounds] == [15, 15, 15]
+  assert [int(finished.masks["kernel"].sum()) for finished in rounds] == [10, 5, 2]
+  np.testing.assert_array_equal(rounds[-1].early["kernel"], ramp()["kernel"] + rewind_to)
+  chex.assert_trees_all_equal(initial, ramp())
+
+
+def test_a_training_that_writes_into_its_ticket_does_not_change_what_is_rewound_to():
+  def train(ticket):
+    ticket.params["kernel"] = ticket.params["kernel"] + 5 * ticket.masks["kernel"]
+    return {5: ticket.params}
+
+  rounds = list(lottery.iterative_pruning(train, ramp(), rounds=3, rate=0.5))
+  assert [float(finished.trained["kernel"].max()) for finished in rounds] == [15, 15, 15]
+
+
+def test_what_cannot_be_pruned_or_resumed_fails_before_anything_is_trained():
+  train = Recorder()
+  integers = ramp() | {"table": jnp.ones((3, 3), int)}
+  with pytest.raises(ValueError, match="'table' has dtype int"):
+    lottery.iterative_pruning(train, integers, rounds=2)
+  other = Round(0, {"other": np.ones(3, bool)}, {"other": np.ones(3)}, {"other": np.ones(3)})
+  with pytest.raises(ValueError, match="the last round's masks have 'other'"):
+    lottery.iterative_pruning(train, ramp(), rounds=2, last=other)
+  assert not train.tickets
+
+
+def test_a_rate_for_what_is_not_prunable_is_an_error_whatever_its_type():
+  for rate in (0.5, np.float32(0.5)):
+    with pytest.raises(ValueError, match="'scale', which is not a prunable leaf"):
+      lottery.prune(ramp(), all_true(ramp()), {"kernel": 0.2, "scale": rate})
 
 
 def test_a_round_is_a_pytree():
