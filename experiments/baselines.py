@@ -19,14 +19,16 @@ def single_cycle(prefix: str, recipe: Recipe) -> dict[str, Recipe]:
 
   Their names are the prefix and the method:
 
-  - "gmp": the cubic ramp of Zhu & Gupta, 2017, over as many epochs, though at most half of all;
+  - "gmp": the cubic ramp of Zhu & Gupta, 2017, from the first epoch to where the given one ends, or
+    to the last epoch, at whose start it changes the masks last;
   - "gmp-original": the same in its original form, where pruned weights may return;
   - "one-shot": training for three fifths of the epochs, pruning by magnitude, and fine-tuning for
     the rest, each along a whole cosine of the learning rate;
   - "snip", "grasp", "synflow", "magnitude", "random": pruning before training. SNIP and GraSP look
     at one batch of training images as they are, and at the very weights that are trained then.
   """
-  ramp = {"prune_epochs": min(recipe.prune_epochs, recipe.epochs // 2), "ramp": "cubic"}
+  end = min(recipe.prune_begin + recipe.prune_epochs, recipe.epochs - 1)
+  ramp = {"prune_epochs": end, "ramp": "cubic"}
   trained = 3 * recipe.epochs // 5
   changes = {
     "gmp": ramp,

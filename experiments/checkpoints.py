@@ -56,7 +56,13 @@ class Checkpoints:
         reasons[epochs] = reason
         continue
       self._drop(reasons, f"going back to {epochs}")
-      state = self._manager.restore(epochs, args=ocp.args.StandardRestore(like))
+      try:
+        state = self._manager.restore(epochs, args=ocp.args.StandardRestore(like))
+      except ValueError as error:
+        raise ValueError(
+          f"{self._folder(epochs)} is whole, but of something else, perhaps of an earlier version"
+          f" of this program: remove {self._manager.directory} to start anew. {error}"
+        ) from error
       return state, json.loads((self._folder(epochs) / _METRICS).read_text())
     if any((self._folder(epochs) / _CHECKSUMS).exists() for epochs in reasons):
       raise ValueError(

@@ -106,6 +106,9 @@ def train_cycles(
   with checkpoints.open_checkpoints(run.folder / "checkpoints") as saved:
     progress, metrics = saved.restore_latest(progress)
     last = progress.last
+    if last is not None and not recipe.rewind_epoch:
+      # The very weights that the first cycle began with, if that was on another machine.
+      initial = last.early
     rounds = methods.iterative_pruning(
       recipe,
       train_cycle,

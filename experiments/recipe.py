@@ -47,7 +47,7 @@ class Recipe:
   prune_begin: int = 0
   """The epoch, from 0, at whose start masks change first."""
   prune_epochs: int = 0
-  """Length of the linear ramp of sparsity, in epochs."""
+  """Length of the ramp of sparsity, in epochs."""
   initial_sparsity: float = 0.0
   """At the start of the ramp."""
   ramp: Literal["progressive", "linear", "cubic"] = "progressive"

@@ -95,7 +95,8 @@ def make_result(
     metrics: the lines of `metrics.jsonl`.
     summary: of the trained network.
     test_accuracy: of the last epoch, in [0, 1].
-    compile_seconds: what the last session of the run took to compile.
+    compile_seconds: what the last session of the run took before its first epoch: to initialise, to
+      prune before training, and to compile.
   """
   cycles = [
     line["finished"]

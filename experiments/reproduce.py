@@ -132,8 +132,8 @@ def make_table(name: str, folder: pathlib.Path) -> str:
     text += "".join("| " + " | ".join(line) + " |\n" for line in lines) + "\n"
   return (
     f"{text}Test accuracy in per cent, of the last epoch unless it says otherwise: mean, standard"
-    " deviation over seeds and their number. The time is that of training, without compilation and"
-    " validation. Epochs count from 0, cycles from 1.\n"
+    " deviation over seeds and their number. The time is that of training, without compilation,"
+    " validation, and pruning before it. Epochs count from 0, cycles from 1.\n"
   )
 
 

@@ -33,7 +33,8 @@ class Run:
   deterministic: bool = False
   """Whether a GPU has to give the same bits each time, which is slower. A CPU always does."""
   smoke: bool = False
-  """Whether to train only a narrow version of the network on 512 images for two epochs."""
+  """Whether to train only a narrow version of the network on 512 images for two epochs a
+  cycle."""
 
   def __post_init__(self):
     commands.check_fields(

@@ -31,7 +31,10 @@ class TrainState(train_state.TrainState):
 
 
 class Images(NamedTuple):
-  """A set of labelled images on the device; all that tells two seeds apart in what is compiled."""
+  """A set of labelled images on the device.
+
+  Their key is among them, and no constant of what is compiled, which is the same for all seeds.
+  """
 
   pixels: jax.Array  # shape=(count, height, width, channels), dtype=uint8
   labels: jax.Array  # shape=(count,), dtype=int32

@@ -100,15 +100,68 @@ def test_updates_pass_as_they_are():
     np.testing.assert_array_equal(found[name], update)
 
 
-@pytest.mark.parametrize("axis_size", [1, 3])
-def test_lanes_are_those_of_single_runs(axis_size):
-  kernels = jax.random.normal(jax.random.key(0), (axis_size, 6, 7))
-  tx = sparsejax.gradual_pruning(optax.constant_schedule(0.5), every=1, keep_weights=True)
+def tx(**changes):
+  options = dict(schedule=optax.constant_schedule(0.5), every=2, keep_weights=True) | changes
+  return optax.chain(optax.sgd(0.1, momentum=0.9), sparsejax.gradual_pruning(**options))
 
-  def masks(kernel):
-    params = {"kernel": kernel}
-    return tx.update(params, tx.init(params), params)[1].masks["kernel"]
 
-  together = jax.vmap(masks)(kernels)
-  for i in range(axis_size):
-    np.testing.assert_array_equal(together[i], masks(kernels[i]))
+def test_lanes_that_are_due_at_different_calls_are_those_of_single_runs():
+  kernels = jax.random.normal(jax.random.key(0), (3, 6, 7))
+  pruning = tx()
+
+  def state_of(kernel, calls):
+    state = pruning.init({"kernel": kernel})
+    return optax.tree.set(state, count=calls)
+
+  def masks(kernel, calls):
+    params, state = {"kernel": kernel}, state_of(kernel, calls)
+    return pruning.update(params, state, params)[1][1].masks["kernel"]
+
+  calls = jnp.arange(3)
+  together = jax.jit(jax.vmap(masks))(kernels, calls)
+  assert [int((~mask).sum()) for mask in together] == [21, 0, 21]
+  for i in range(3):
+    np.testing.assert_array_equal(together[i], masks(kernels[i], calls[i]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_updates_and_state_keep_their_types_in_a_loop(dtype):
+  params = {"kernel": jax.random.normal(jax.random.key(0), (6, 7), dtype)}
+
+  def call(carry, _):
+    params, state = carry
+    updates, state = tx().update(jax.tree.map(jnp.ones_like, params), state, params)
+    return (optax.apply_updates(params, updates), state), None
+
+  (after, state), _ = jax.lax.scan(call, (params, tx().init(params)), length=5)
+  assert after["kernel"].dtype == dtype
+  assert int((~state[1].masks["kernel"]).sum()) == 21
+
+
+def test_accumulated_gradients_give_the_masks_of_whole_ones():
+  params = {"kernel": jax.random.normal(jax.random.key(0), (6, 7))}
+  gradient = {"kernel": jnp.ones((6, 7))}
+  whole, steps = tx(), optax.MultiSteps(tx(), 3)
+  state, accumulated = whole.init(params), steps.init(params)
+  expected, found = params, params
+  for _ in range(4):
+    updates, state = whole.update(gradient, state, expected)
+    expected = optax.apply_updates(expected, updates)
+    for _ in range(3):
+      updates, accumulated = steps.update(gradient, accumulated, found)
+      found = optax.apply_updates(found, updates)
+  np.testing.assert_allclose(found["kernel"], expected["kernel"], rtol=1e-6)
+  masks = [sparsejax.get_masks(s, params)["kernel"] for s in (state, accumulated)]
+  np.testing.assert_array_equal(*masks)
+
+
+def test_masks_on_eight_devices_are_those_on_one():
+  mesh = jax.make_mesh((8,), ("x",))
+  kernel = jax.random.normal(jax.random.key(0), (16, 24))
+  spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+  masks = []
+  for params in ({"kernel": kernel}, {"kernel": jax.device_put(kernel, spec)}):
+    _, state = jax.jit(tx().update)(params, tx().init(params), params)
+    masks.append(state[1].masks["kernel"])
+  np.testing.assert_array_equal(*masks)
+  assert masks[1].sharding.is_equivalent_to(spec, 2)

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import pathlib
+import tempfile
 
 import chex
 import jax
@@ -11,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import sparsejax
-from experiments import data, methods, train, training
+from experiments import checkpoints, cycles, data, methods, train, training
 from experiments.recipes import RECIPES
 
 DIGITS = dataclasses.replace(RECIPES["lenet300-digits"], sparsity=0.0, epochs=5, train_images=300)
@@ -99,6 +101,54 @@ def test_a_run_that_is_cut_after_each_epoch_has_the_same_cycles(tmp_path, capsys
   chex.assert_trees_all_equal(checkpoint(tmp_path / "cut"), checkpoint(tmp_path / "whole"))
   for key in ("test_accuracy", "pruned", "layers"):
     assert result[key] == whole[key]
+
+
+class Killed(BaseException):
+  """What nothing catches."""
+
+
+# With a checkpoint every second epoch: in the first cycle before the epoch to rewind to is saved;
+# before and after the save at the end of a cycle; and in the middle of a later one.
+@pytest.mark.parametrize(
+  ("moment", "number"), [("epoch", 2), ("save", 2), ("saved", 2), ("saved", 3), ("epoch", 6)]
+)
+def test_a_run_that_dies_resumes_where_it_was_saved(tmp_path, monkeypatch, moment, number):
+  changes = {"cycles": 3, "epochs": 3, "rewind_epoch": 1, "width": 0.1}
+  whole = whole_run(**changes)
+  done = {"epoch": 0, "save": 0, "saved": 0}
+
+  def dying(function, *moments):
+    def wrapped(*args):
+      result = None
+      for name in moments:
+        if name == "call":
+          result = function(*args)
+          continue
+        done[name] += 1
+        if (name, done[name]) == (moment, number):
+          raise Killed
+      return result
+
+    return wrapped
+
+  killed = dataclasses.replace(run(tmp_path, **changes), checkpoint_every=2)
+  with monkeypatch.context() as patch:
+    patch.setattr(cycles, "_describe_epoch", dying(cycles._describe_epoch, "call", "epoch"))
+    save = checkpoints.Checkpoints.save
+    patch.setattr(checkpoints.Checkpoints, "save", dying(save, "save", "call", "saved"))
+    with pytest.raises(Killed):
+      train.train(killed)
+  result = train.train(killed)
+  assert metrics(tmp_path) == whole[0]
+  assert [result[key] for key in ("test_accuracy", "layers")] == whole[1]
+
+
+@functools.cache
+def whole_run(**changes):
+  """Metrics and what came of a run that nothing cuts."""
+  with tempfile.TemporaryDirectory() as folder:
+    result = train.train(run(pathlib.Path(folder), **changes))
+    return metrics(pathlib.Path(folder)), [result[key] for key in ("test_accuracy", "layers")]
 
 
 def test_the_first_cycle_is_the_dense_run(tmp_path):

@@ -166,6 +166,7 @@ def test_the_network_computes_with_the_masked_weights_where_they_keep_their_valu
 
 EQUAL = ("data", "model", "width", "dtype", "learning_rate", "augmentation", "batch_size")
 EQUAL += ("momentum", "nesterov", "clip_norm", "weight_decay", "label_smoothing", "validation")
+EQUAL += ("drop_last", "final_learning_rate", "half_period", "train_images")
 
 
 BLOCKS = {

@@ -88,7 +88,7 @@ def test_recipes_of_one_series_differ_in_sparsity_alone():
 
 # One of each series, of which the test above speaks for the others; each method on LeNet-300-100
 # at one sparsity and length. Of methods on larger networks, two that look into the network.
-METHODS = ("gmp", "gmp-original", "one-shot", "snip", "grasp", "synflow", "random", "lth-8x5")
+METHODS = ("gmp", "gmp-original", "one-shot", "snip", "grasp", "synflow", "magnitude", "lth-8x5")
 SMOKED = [name for name in RECIPES if not re.search(r"-e\d+-|lth|cifar10.*-(\d\d|72\.9)-", name)]
 SMOKED = [name for name in SMOKED if not re.search(r"resnet18-cifar10-(?!dense|72\.9)", name)]
 SMOKED += [f"lenet300-mnist-98-e40-{method}" for method in METHODS]
