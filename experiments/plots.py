@@ -66,9 +66,8 @@ def plot_table(
   """Draws test accuracy over sparsity: our runs, their means, and what is published.
 
   Each block of the table has its own axes, unless it has no results and is not of published runs
-  for the greater part. Where the accuracy of the best
-  epoch is published, ours of that kind stands beside it. Runs that collapsed fall out of the
-  picture; the titles count them.
+  for the greater part. Where the accuracy of the best epoch is published, ours of that kind stands
+  beside it. Runs that collapsed fall out of the picture; the titles count them.
 
   Args:
     path: of the PNG to write.
@@ -90,21 +89,22 @@ def plot_table(
 
 def _draw_block(block: Series, recipes: Mapping[str, Recipe], results: Results, axis: Axes) -> None:
   """Draws a line for each series; what is not pruned at all is a level to compare with."""
-  # Many methods at the same sparsities stand side by side.
-  step = 0.5 if len(block) > 5 else 0.0
-  for i, (label, rows) in enumerate(block.items()):
+  rows = [row for rows in block.values() for row in rows]
+  pruned = [run["sparsity"] for row in rows for run in _alive(results[row]) if run["pruned"]]
+  pruned += [recipes[row.recipe].sparsity for row in rows if recipes[row.recipe].published]
+  place = _Places((100 * sparsity for sparsity in pruned if sparsity), len(block))
+  for i, (label, rows_of_label) in enumerate(block.items()):
     style, means = _style(i), {}
-    shift = step * (i - (len(block) - 1) / 2)
-    unpruned = [run for row in rows for run in _alive(results[row])]
-    if unpruned and not any(run["pruned"] for run in unpruned):
-      mean = statistics.mean(run["test_accuracy"] for run in unpruned)
+    runs = [run for row in rows_of_label for run in _alive(results[row])]
+    if runs and not any(run["pruned"] for run in runs):
+      mean = statistics.mean(run["test_accuracy"] for run in runs)
       axis.axhline(mean, color=style["color"], linestyle="--", label=label)
       continue
-    for row in rows:
+    for row in rows_of_label:
       published = recipes[row.recipe].published
       if published is not None:
         axis.errorbar(
-          100 * recipes[row.recipe].sparsity + shift,
+          place(i, 100 * recipes[row.recipe].sparsity),
           published.accuracy,
           published.spread,
           fmt="D" if published.epoch == "last" else "*",
@@ -114,15 +114,17 @@ def _draw_block(block: Series, recipes: Mapping[str, Recipe], results: Results, 
         )
       alive = _alive(results[row])
       for run in alive:
-        at = 100 * run["sparsity"] + shift
+        at = place(i, 100 * run["sparsity"])
         axis.plot(at, run["test_accuracy"], ".", color=style["color"], alpha=0.4)
         if run["best_test_accuracy"] is not None:
           axis.plot(at, run["best_test_accuracy"]["test_accuracy"], "*", color=style["color"])
       if alive:
-        at = 100 * statistics.mean(run["sparsity"] for run in alive) + shift
+        at = place(i, 100 * statistics.mean(run["sparsity"] for run in alive))
         means[at] = statistics.mean(run["test_accuracy"] for run in alive)
     axis.plot(list(means), list(means.values()), label=label, **style)
-  rows = [row for rows in block.values() for row in rows]
+  if place.groups:
+    names = [_range(group) for group in place.groups]
+    axis.set_xticks(range(len(names)), names)
   axis.plot([], [], ".", color="k", label="one seed")
   if any(recipes[row.recipe].published for row in rows):
     axis.plot([], [], "D", mfc="none", color="k", label="published")
@@ -131,16 +133,36 @@ def _draw_block(block: Series, recipes: Mapping[str, Recipe], results: Results, 
     axis.plot([], [], "*", mfc="none", color="k", label="published, best epoch")
 
 
+class _Places:
+  """Where a sparsity stands: as it is, or, of many series, in a group, side by side.
+
+  Attributes:
+    groups: of sparsities that are nearly the same; empty if they stand as they are.
+  """
+
+  def __init__(self, sparsities: Iterable[float], series: int):
+    self.groups = _close_together(sparsities) if series > 5 else []
+    self._series = series
+
+  def __call__(self, series: int, sparsity: float) -> float:
+    for i, group in enumerate(self.groups):
+      if group[0] <= sparsity <= group[-1]:
+        return i + 0.6 * (series / (self._series - 1) - 0.5)
+    return sparsity
+
+
 def plot_costs(
   path: pathlib.Path, table: Table, recipes: Mapping[str, Recipe], results: Results
 ) -> None:
   """Draws mean test accuracy over the epochs of training that it took, all cycles together.
 
-  Blocks of the table whose titles agree up to a comma share their axes, one for each sparsity; the
-  dense networks are in all of them. The arguments are those of `plot_table`.
+  Blocks of the table whose titles agree up to a comma share their axes, one for each sparsity, if
+  they have a dense network to compare with. Runs that collapsed fall out, as in `plot_table`, which
+  counts them and whose arguments these are.
   """
   points = {}  # By what axes share.
-  for title, block in table.blocks.items():
+  comparisons = {title: block for title, block in table.blocks.items() if "dense" in block}
+  for title, block in comparisons.items():
     for label, rows in block.items():
       for row in rows:
         if alive := _alive(results[row]):
@@ -181,7 +203,9 @@ def _draw_costs(labels: Sequence[str], points: Sequence[_Point], axis: Axes) -> 
         **_style(i),
       )
   axis.set_xscale("log")
-  axis.set_xticks(sorted({point.epochs for point in points}), minor=False)
+  # Of those that would stand on each other, the first.
+  epochs = [group[0] for group in _close_together((math.log(p.epochs) for p in points), gap=0.2)]
+  axis.set_xticks([math.exp(x) for x in epochs], minor=False)
   axis.xaxis.set_major_formatter("{x:.0f}")
   axis.xaxis.set_minor_locator(ticker.NullLocator())
 
@@ -232,10 +256,15 @@ def _close_together(values: Iterable[float], gap: float = 2.0) -> list[list[floa
   return groups
 
 
+def _range(values: Sequence[float]) -> str:
+  return " to ".join(dict.fromkeys(f"{bound:.1f}" for bound in (min(values), max(values))))
+
+
 def _alive(runs: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
   return [run for run in runs.values() if run["collapsed_in_epoch"] is None]
 
 
 def _style(i: int) -> dict[str, str]:
-  """Colour and marker of the i-th line: more than there are colours differ in the marker."""
-  return {"color": f"C{i % 10}", "marker": "os^v"[i // 10 % 4], "linestyle": "-"}
+  """How the i-th line looks: more than there are colours differ in markers and dashes."""
+  lap = i // 10 % 4
+  return {"color": f"C{i % 10}", "marker": "os^v"[lap], "linestyle": ("-", ":", "-.", "--")[lap]}

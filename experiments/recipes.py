@@ -6,7 +6,6 @@ change (published: before the first batch); validation images are augmented the 
 """
 
 import dataclasses
-import functools
 
 from experiments import baselines
 from experiments.augment import PIPELINES, Augmentation
@@ -165,71 +164,8 @@ RECIPES["resnet20-cifar10-short"] = Recipe(
 # and number of epochs in a cycle; see `experiments.baselines`. None of these is a published run.
 #   python -m experiments.train lenet300-mnist-98-e40-snip --data-dir DIR
 #   python -m experiments.train lenet300-mnist-e40-lth --data-dir DIR
-_LENET = {
-  (sparsity, epochs): dataclasses.replace(
-    RECIPES["lenet300-mnist-98"],
-    sparsity=sparsity,
-    epochs=epochs,
-    prune_epochs=2 * epochs // 5,
-    published=None,
-  )
-  for sparsity in (0.789, 0.98)
-  for epochs in (40, 200)
-}
-for (sparsity, epochs), recipe in _LENET.items():
-  prefix = f"lenet300-mnist-{100 * sparsity:g}-e{epochs}"
-  RECIPES |= {f"{prefix}-progressive": recipe, **baselines.single_cycle(prefix, recipe)}
-# The 98 % run is the published one, and so is its dense network.
-del RECIPES["lenet300-mnist-98-e200-progressive"]
-
-by_layer = functools.partial(baselines.lottery, by_layer=True)
-lower, higher = _LENET[0.789, 40], _LENET[0.98, 40]
-RECIPES |= {
-  "lenet300-mnist-e40-dense": baselines.dense(higher),
-  # These come to 78.9 % in the 8th cycle, and to 98.1 % in the 19th.
-  "lenet300-mnist-e40-lth": by_layer(higher, cycles=19),
-  "lenet300-mnist-e40-lth-rewind": by_layer(higher, cycles=19, rewind_epoch=1),
-  # These take 40 epochs in all.
-  "lenet300-mnist-78.9-e40-lth-8x5": by_layer(lower, cycles=8, in_all=True),
-  "lenet300-mnist-98-e40-lth-8x5": by_layer(higher, cycles=8, in_all=True),
-  "lenet300-mnist-78.9-e40-lth-rewind-13x4": by_layer(
-    lower, cycles=13, rewind_epoch=1, in_all=True
-  ),
-  "lenet300-mnist-98-e40-lth-rewind-13x4": by_layer(higher, cycles=13, rewind_epoch=1, in_all=True),
-}
-
-# Why SNIP falls short here of what is published of it at 98 % (97.6): with the initialisation of
-# progressive pruning, logits start with a standard deviation of 11 to 15, so that the softmax is
-# saturated and the scores are about its mistakes; and so few weights, chosen beforehand, follow
-# this augmentation badly.
-snip = RECIPES["lenet300-mnist-98-e40-snip"]
-RECIPES |= {
-  "lenet300-mnist-98-e40-snip-own-init": dataclasses.replace(snip, model="lenet300-snip"),
-  "lenet300-mnist-98-e40-snip-plain": dataclasses.replace(snip, augmentation=Augmentation()),
-  "lenet300-mnist-98-e40-snip-own-init-plain": dataclasses.replace(
-    snip, model="lenet300-snip", augmentation=Augmentation()
-  ),
-}
-
-# The same for ResNet-18 and VGG-19.
-#   python -m experiments.train resnet18-cifar10-72.9-snip --data-dir DIR
-#   python -m experiments.train vgg19-cifar10-lth-rewind --data-dir DIR
-resnet18, vgg19 = RECIPES["resnet18-cifar10-72.9"], RECIPES["vgg19-cifar10-98-cosine"]
-together = functools.partial(baselines.lottery, by_layer=False)
-RECIPES |= {
-  **baselines.single_cycle("resnet18-cifar10-72.9", resnet18),
-  # To 73.8 % in the 7th cycle.
-  "resnet18-cifar10-lth": together(resnet18, cycles=7),
-  "resnet18-cifar10-lth-rewind": together(resnet18, cycles=7, rewind_epoch=2),
-  "resnet18-cifar10-72.9-lth-8x25": together(resnet18, cycles=8, in_all=True),
-  "resnet18-cifar10-72.9-lth-rewind-9x24": together(
-    resnet18, cycles=9, rewind_epoch=2, in_all=True
-  ),
-  "vgg19-cifar10-dense": baselines.dense(vgg19),
-  **baselines.single_cycle("vgg19-cifar10-98", vgg19),
-  # To 98.2 % in the 19th cycle.
-  "vgg19-cifar10-lth": together(vgg19, cycles=19),
-  "vgg19-cifar10-lth-rewind": together(vgg19, cycles=19, rewind_epoch=2),
-  "vgg19-cifar10-98-lth-8x50": together(vgg19, cycles=8, in_all=True),
-  "vgg19-cifar10-98-lth-rewind-7x58": together(vgg19, cycles=7, rewind_epoch=1, in_all=True),
-}
+#   python -m experiments.train resnet18-cifar10-72.9-grasp --data-dir DIR
+#   python -m experiments.train vgg19-cifar10-98-gmp --data-dir DIR
+RECIPES |= baselines.for_lenet(RECIPES["lenet300-mnist-98"])
+RECIPES |= baselines.for_resnet18(RECIPES["resnet18-cifar10-72.9"])
+RECIPES |= baselines.for_vgg19(RECIPES["vgg19-cifar10-98-cosine"])

@@ -137,8 +137,8 @@ def masks_from_scores(
     names leaves of which nothing is left.
 
   Raises:
-    ValueError: if the sparsity is out of range or does not match the scores, or if the allocation
-      is unknown.
+    ValueError: if the sparsity is out of range, does not match the scores or would leave nothing,
+      or if the allocation is unknown. A layer in which nothing is left is warned about.
 
   Example:
     >>> import jax.numpy as jnp
@@ -157,6 +157,7 @@ def masks_from_scores(
   check_leaves(sparsity, scores, pool)
   sparsity = for_leaves(sparsity, pool)
   k = count_pruned([s.shape for s in leaves], sparsity, allocation)
+  check_some_left([s.size for s in leaves], k)
   pruned = selection.select([jnp.asarray(s) for s in leaves], counts.from_ints(k))
   kept = jax.tree.unflatten(treedef, [~p for p in pruned])
   masks = masks_lib.full_masks(kept, scores)
@@ -235,6 +236,15 @@ def count_pruned(
   if all(isinstance(s, float) for s in sparsity):
     return _count_in_float64(sizes, [1 - s for s in sparsity])
   return counts.rounded_pruned(jnp.stack([jnp.asarray(s, jnp.float32) for s in sparsity]), sizes)
+
+
+def check_some_left(sizes: Sequence[int], pruned: np.ndarray | Count) -> None:
+  """Raises a ValueError if it is known that all weights are pruned."""
+  if isinstance(pruned, np.ndarray) and 0 < sum(sizes) <= sum(map(int, pruned)):
+    raise ValueError(
+      f"so sparse, none of the {sum(sizes)} prunable weights would be left: prune less, or make"
+      " more leaves prunable."
+    )
 
 
 def _count_in_float64(sizes, densities):

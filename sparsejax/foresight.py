@@ -341,4 +341,6 @@ def _counts_of_rounds(weights, pool, sparsity, rounds, allocation) -> np.ndarray
     reached = jax.tree.map(lambda s: s if k == rounds else 1 - (1 - s) ** (k / rounds), final)
     return allocation_lib.count_pruned(shapes, reached, allocation)
 
-  return np.stack([after(k) for k in range(1, rounds + 1)])
+  pruned = np.stack([after(k) for k in range(1, rounds + 1)])
+  allocation_lib.check_some_left([w.size for w in jax.tree.leaves(pool)], pruned[-1])
+  return pruned

@@ -165,7 +165,7 @@ def prune(
     tree of rates, in each leaf. It warns of a leaf in which none does.
 
   Raises:
-    ValueError: if a rate is out of range, or if the trees do not match.
+    ValueError: if a rate is out of range or would leave nothing, or if the trees do not match.
 
   Example:
     >>> import jax.numpy as jnp
@@ -187,10 +187,9 @@ def prune(
   sizes = [w.size for w in weights]
   if not isinstance(rates, list):
     rates, kept, sizes = [rates], [sum(kept)], [sum(sizes)]
-  k = [size - round((1 - float(r)) * n) for size, n, r in zip(sizes, kept, rates)]
-  pruned = selection.select(
-    weights, counts.from_ints(np.array(k, np.uint64)), active=active, score=jnp.abs
-  )
+  k = np.array([size - round((1 - r) * n) for size, n, r in zip(sizes, kept, rates)], np.uint64)
+  allocation_lib.check_some_left(sizes, k)
+  pruned = selection.select(weights, counts.from_ints(k), active=active, score=jnp.abs)
   found = jax.tree.map(
     lambda new, old: old if masks_lib.is_masked_node(new) else new,
     jax.tree.unflatten(treedef, [~p for p in pruned]),

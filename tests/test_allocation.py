@@ -252,3 +252,10 @@ def test_the_warning_about_emptied_layers_looks_at_the_masks_of_all_kinds_of_lea
     sparsejax.masks_from_scores(
       {**scores, "head": jnp.full((2, 4), 9.0)}, 0.5, prunable=lambda path, leaf: True
     )
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_a_sparsity_that_leaves_nothing_is_an_error(allocation):
+  scores = {"a": jnp.ones((2, 2)), "b": jnp.ones((1, 3))}
+  with pytest.raises(ValueError, match="none of the 7 prunable weights would be left"):
+    sparsejax.masks_from_scores(scores, 0.99, allocation=allocation)

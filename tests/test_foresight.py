@@ -867,3 +867,9 @@ def test_grasp_with_scores_of_other_leaves_alone_is_an_error():
   params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
   with pytest.raises(ValueError, match="all scores are zero"):
     foresight.grasp(loss, params, [0.0])
+
+
+def test_a_sparsity_of_synflow_that_leaves_nothing_is_an_error():
+  apply_fn = lambda params, inputs: inputs @ params["kernel"]
+  with pytest.raises(ValueError, match="none of the 4 prunable weights would be left"):
+    foresight.synflow(apply_fn, {"kernel": jnp.ones((2, 2))}, jnp.ones((1, 2)), 0.99)

@@ -87,6 +87,12 @@ def test_a_layer_that_is_emptied_is_warned_about():
     lottery.prune(params, all_true(params), 0.5)
 
 
+def test_a_rate_that_leaves_nothing_is_an_error():
+  params = {"kernel": jnp.arange(1.0, 5.0).reshape(2, 2)}
+  with pytest.raises(ValueError, match="none of the 4 prunable weights would be left"):
+    lottery.prune(params, all_true(params), 0.99)
+
+
 def remaining(shapes, rates, exempt=0, rounds=14):
   """Percentages of weights that are left after each round, of ramps instead of networks."""
   params = [jnp.linspace(1.0, 0.0, int(np.prod(shape))).reshape(shape) for shape in shapes]
