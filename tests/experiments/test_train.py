@@ -86,13 +86,16 @@ def test_recipes_of_one_series_differ_in_sparsity_alone():
     assert same_but_for_sparsity(f"resnet18-cifar10-{other}") == same_but_for_sparsity(name)
 
 
-# One of each series, of which the test above speaks for the others; each method on LeNet-300-100
-# at one sparsity and length. Of methods on larger networks, two that look into the network.
-METHODS = ("gmp", "gmp-original", "one-shot", "snip", "grasp", "synflow", "magnitude", "lth-8x5")
-SMOKED = [name for name in RECIPES if not re.search(r"-e\d+-|lth|cifar10.*-(\d\d|72\.9)-", name)]
-SMOKED = [name for name in SMOKED if not re.search(r"resnet18-cifar10-(?!dense|72\.9)", name)]
-SMOKED += [f"lenet300-mnist-98-e40-{method}" for method in METHODS]
-SMOKED += ["lenet300-mnist-e40-lth-rewind", "vgg19-cifar10-98-grasp", "vgg19-cifar10-98-synflow"]
+# One of each series, where the test above or numbers alone tell the others apart. Of the baselines,
+# what differs in how a run goes: the methods themselves are tested where they are made.
+SMOKED = [
+  name
+  for name in RECIPES
+  if not re.search(r"-e\d+-|lth|cifar10.*-(\d\d|72\.9)-|mnist-78|vgg19-cifar10-dense", name)
+  and not re.search(r"resnet18-cifar10-(?!dense|72\.9)", name)
+]
+SMOKED += [f"lenet300-mnist-98-e40-{method}" for method in ("gmp-original", "snip", "synflow")]
+SMOKED += ["lenet300-mnist-e40-lth-rewind", "vgg19-cifar10-98-grasp"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
