@@ -16,17 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from sparsejax import allocation as allocation_lib
-from sparsejax import arguments, counts, scoring, selection, transform
-from sparsejax import flow as flow_lib
+from sparsejax import arguments, scoring, transform
 from sparsejax import masks as masks_lib
-from sparsejax.allocation import Allocation, Sparsity
+from sparsejax.flow import synflow, synflow_scores
 from sparsejax.masks import Prunable, PyTree, is_kernel
 
 LossFn = Callable[[PyTree, Any], jax.Array]
-ApplyFn = Callable[[PyTree, Any], jax.Array]
+
+__all__ = ("grasp", "magnitude", "random", "snip", "synflow", "synflow_scores")
 
 
 def magnitude(params: PyTree) -> PyTree:
@@ -206,141 +204,3 @@ def grasp(
   for checked in (scores, masks_lib.select_prunable(scores, prunable)):
     scoring.check_scores(checked, "the weights, or the gradient of the loss times its Hessian,")
   return scores
-
-
-def synflow_scores(
-  apply_fn: ApplyFn, params: PyTree, inputs: Any, masks: PyTree | None = None
-) -> PyTree:
-  r"""Scores weights by the synaptic flow through them: one round of `synflow`.
-
-  .. math:: s = | \theta \, \partial R / \partial \theta |, \quad R = \sum f(|\theta|, x)
-
-  Args:
-    apply_fn: `apply_fn(params, inputs)` gives the outputs; see `synflow`.
-    params: the parameters.
-    inputs: the inputs x; see `synflow`.
-    masks: a full boolean tree of the weights that are active; all are by default.
-
-  Returns:
-    A tree of scores like `params`, times the power of two that keeps them near 1 whatever R is.
-
-  Raises:
-    ValueError: as `synflow` does.
-  """
-  scoring.check_params(params)
-  if masks is None:
-    masks = masks_lib.all_true(params)
-  masks_lib.check_boolean(masks)
-  masks_lib.check_same_structure(masks, params, "the masks", "the parameters")
-  flow = jax.jit(flow_lib.scores_of(apply_fn, params, inputs))
-  scores, is_sound = flow(scoring.widened(params), masks, inputs)
-  flow_lib.check(flow_lib.total(scores), is_sound, stacklevel=2)
-  return scores
-
-
-def synflow(
-  apply_fn: ApplyFn,
-  params: PyTree,
-  inputs: Any,
-  sparsity: Sparsity,
-  *,
-  rounds: int = 100,
-  allocation: Allocation = "global",
-  prunable: Prunable = is_kernel,
-) -> PyTree:
-  r"""Masks that preserve the synaptic flow (iterative synaptic flow pruning), without data.
-
-  After round k of n the density :math:`\rho^{k/n}` is left, :math:`\rho = 1 - \mathrm{sparsity}`.
-  Each round scores what is left anew, by :math:`s = |\theta \, \partial R / \partial \theta|` where
-  R is the sum of the outputs of the network with the absolute values of its parameters, and prunes
-  the lowest. No score is recomputed after the last.
-
-  In single precision R leaves the range of numbers in deep networks. Scores are linear in the
-  cotangent of R, and the outputs in the inputs if nothing is added to activations (biases and
-  shifts are zero, as initialised): both are scaled by powers of two, which leaves the bits of the
-  scores as they would be, and the inputs only where they have to be.
-
-  Args:
-    apply_fn: `apply_fn(params, inputs)` gives the outputs, in evaluation mode. It is called with
-      the absolute values of `params`; running statistics of batch normalisation, which are the
-      caller's, have to be made absolute in it, as the authors do.
-    params: the parameters.
-    inputs: ones in the shape of one example, as a batch of one, in the paper.
-    sparsity: the fraction to prune, a Python number in [0, 1), or a tree like `params` of such
-      numbers, one for each prunable leaf.
-    rounds: the number n of rounds.
-    allocation: how the sparsity is shared out among the leaves; see `sparsejax.allocation`.
-    prunable: `prunable(path, leaf) -> bool` says which leaves are pruned.
-
-  Returns:
-    A full boolean tree like `params`, True where a weight is kept, with the counts of
-    `sparsejax.masks_from_scores`.
-
-  Raises:
-    ValueError: if an argument is out of range; if parameters or inputs are not floating-point
-      arrays; if the network fails on the inputs; if its scores are not finite or all zero, as far
-      as scaling cannot help it.
-
-  Example:
-    >>> import jax, jax.numpy as jnp
-    >>> import sparsejax
-    >>> def apply_fn(params, inputs):
-    ...   return jax.nn.relu(inputs @ params["in"]) @ params["out"]
-    >>> keys = jax.random.split(jax.random.key(0))
-    >>> params = {
-    ...   "in": jax.random.normal(keys[0], (8, 16)), "out": jax.random.normal(keys[1], (16, 4))
-    ... }
-    >>> masks = sparsejax.foresight.synflow(apply_fn, params, jnp.ones((1, 8)), 0.9)
-    >>> print(f"{sparsejax.sparsity(masks):.1%}")
-    90.1%
-
-  References:
-    Tanaka et al., `Pruning neural networks without any data by iteratively conserving synaptic flow
-    <https://arxiv.org/abs/2006.05467>`_, 2020
-  """
-  rounds = arguments.check_integer("rounds", rounds, at_least=1)
-  scoring.check_params(params)
-  weights = scoring.widened(params)
-  pool = masks_lib.select_prunable(weights, prunable)
-  k = counts.from_ints(_counts_of_rounds(weights, pool, sparsity, rounds, allocation))
-  flow = flow_lib.scores_of(apply_fn, params, inputs)
-
-  @jax.jit
-  def prune(weights, inputs):
-    def prune_once(masks, k):
-      scores, is_sound = flow(weights, masks_lib.full_masks(masks, weights), inputs)
-      scores = masks_lib.pick(pool, scores, "the pool", "the scores")
-      leaves, treedef = jax.tree.flatten(scores)
-      pruned = selection.select(leaves, k, active=jax.tree.leaves(masks))
-      masks = jax.tree.unflatten(treedef, [~p for p in pruned])
-      return masks, (flow_lib.total(scores), is_sound)
-
-    first = masks_lib.pick(pool, weights, "the pool", "the weights")
-    return lax.scan(prune_once, masks_lib.all_true(first), k)
-
-  masks, (totals, are_sound) = prune(weights, inputs)
-  if jax.tree.leaves(pool):
-    flow_lib.check(totals, are_sound, stacklevel=2)
-  masks = masks_lib.full_masks(masks, weights)
-  masks_lib.warn_of_emptied(masks, stacklevel=2)
-  return masks
-
-
-def _counts_of_rounds(weights, pool, sparsity, rounds, allocation) -> np.ndarray:
-  """How many weights are pruned after each round, of all layers or of each."""
-  allocation_lib.resolve(allocation)
-  sparsity = arguments.check_sparsity("sparsity", sparsity)
-  if any(isinstance(s, jax.core.Tracer) for s in jax.tree.leaves(sparsity)):
-    raise ValueError("the sparsity must be a Python number: SynFlow counts its rounds beforehand.")
-  allocation_lib.check_leaves(sparsity, weights, pool)
-  final = jax.tree.map(float, allocation_lib.for_leaves(sparsity, pool))
-  shapes = [w.shape for w in jax.tree.leaves(pool)]
-
-  def after(k):
-    # The last round reaches the sparsity itself, not a rounding error beside it.
-    reached = jax.tree.map(lambda s: s if k == rounds else 1 - (1 - s) ** (k / rounds), final)
-    return allocation_lib.count_pruned(shapes, reached, allocation)
-
-  pruned = np.stack([after(k) for k in range(1, rounds + 1)])
-  allocation_lib.check_some_left([w.size for w in jax.tree.leaves(pool)], pruned[-1])
-  return pruned
