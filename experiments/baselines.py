@@ -111,9 +111,9 @@ def for_lenet(published: Recipe) -> dict[str, Recipe]:
 def why_snip_falls_short(recipe: Recipe) -> dict[str, Recipe]:
   """Why SNIP falls short here of what is published of it at 98 % (97.6).
 
-  With the initialisation of progressive pruning, logits start with a standard deviation of 11 to
-  15, so that the softmax is saturated and the scores are about its mistakes. And so few weights,
-  chosen beforehand, follow this augmentation badly.
+  With the initialisation of progressive pruning logits start large, so that the softmax is
+  saturated and the scores are about its mistakes. And so few weights, chosen beforehand, follow
+  this augmentation badly.
   """
   plain = Augmentation()
   changes = {

@@ -176,8 +176,8 @@ def plot_costs(
   for title, found in points.items():
     for group in _close_together({point.sparsity for point in found} - {0}):
       chosen = [point for point in found if point.sparsity in (0, *group)]
-      pruned = " to ".join(dict.fromkeys(f"{bound:.1f}" for bound in (min(group), max(group))))
-      panels.append((f"{title}, {pruned} % pruned", functools.partial(_draw_costs, labels, chosen)))
+      title_of_group = f"{title}, {_range(group)} % pruned"
+      panels.append((title_of_group, functools.partial(_draw_costs, labels, chosen)))
   _draw(path, panels, xlabel="epochs of training, of all cycles together")
 
 

@@ -134,11 +134,11 @@ def masks_from_scores(
   Returns:
     A full boolean tree like `scores`, True where a weight is kept. Exactly N - round((1 - s) N) of
     the N prunable weights are not, or of each leaf's if the allocation is not global. A warning
-    names leaves of which nothing is left.
+    names leaves of which nothing is left, where the masks are not traced.
 
   Raises:
     ValueError: if the sparsity is out of range, does not match the scores or would leave nothing,
-      or if the allocation is unknown. A layer in which nothing is left is warned about.
+      or if the allocation is unknown.
 
   Example:
     >>> import jax.numpy as jnp
@@ -152,7 +152,7 @@ def masks_from_scores(
   pool = masks_lib.select_prunable(scores, prunable)
   leaves, treedef = jax.tree.flatten(pool)
   if not leaves:
-    return jax.tree.map(lambda s: jnp.ones_like(s, dtype=bool), scores)
+    return masks_lib.all_true(scores)
   sparsity = arguments.check_sparsity("sparsity", sparsity)
   check_leaves(sparsity, scores, pool)
   sparsity = for_leaves(sparsity, pool)

@@ -320,7 +320,8 @@ def apply_lenet300(params, images):
 
 @pytest.mark.parametrize("x64", [False, True])
 def test_snip_is_that_of_its_authors_on_lenet_300_100(x64):
-  arrays, (params, images) = load("snip_original_tf_lenet300"), lenet300()
+  arrays = load("snip_original_tf_lenet300") | load("snip_original_tf_lenet300_w1")
+  params, images = lenet300()
   with jax.enable_x64(x64):
     params, images = jax.tree.map(floats, (params, images))
     np.testing.assert_allclose(apply_lenet300(params, images), arrays["logits"], atol=1e-5)
