@@ -2,6 +2,14 @@
 
 from sparsejax import allocation, criteria, foresight, lottery
 from sparsejax.allocation import masks_from_scores
+from sparsejax.dynamic import (
+  dynamic_sparse_training,
+  granet,
+  rigl,
+  snfs,
+  sparse_evolutionary_training,
+  static_sparse_training,
+)
 from sparsejax.gradual import (
   fixed_masks,
   gradual_pruning,
@@ -11,26 +19,24 @@ from sparsejax.gradual import (
 from sparsejax.masks import Overlap, apply_masks, is_kernel, overlap, sparsity
 from sparsejax.report import Summary, summary
 from sparsejax.selection import select_smallest
-from sparsejax.transform import (
-  Call,
-  MaskedUpdatesState,
-  get_masks,
-  masked_updates,
-  static_args,
-)
+from sparsejax.state import MaskedUpdatesState, get_masks
+from sparsejax.transform import Call, Rule, masked_updates, static_args
 
 __all__ = (
   "Call",
   "MaskedUpdatesState",
   "Overlap",
+  "Rule",
   "Summary",
   "allocation",
   "apply_masks",
   "criteria",
+  "dynamic_sparse_training",
   "fixed_masks",
   "foresight",
   "get_masks",
   "gradual_pruning",
+  "granet",
   "is_kernel",
   "lottery",
   "masked_updates",
@@ -38,8 +44,12 @@ __all__ = (
   "one_shot_pruning",
   "overlap",
   "progressive_pruning",
+  "rigl",
   "select_smallest",
+  "snfs",
+  "sparse_evolutionary_training",
   "sparsity",
   "static_args",
+  "static_sparse_training",
   "summary",
 )

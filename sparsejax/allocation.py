@@ -231,7 +231,8 @@ def count_pruned(
         return _count_in_float64(sizes, found)
       # From the densities themselves: in 1 - density a compiler might contract the product that
       # made it, and counts would depend on what it is compiled with.
-      return counts.from_ints(sizes) - counts.rounded_kept(found, sizes)
+      n = counts.from_ints(sizes)
+      return n - counts.share(found, n)
     sizes, sparsity = [sum(sizes)], [sparsity]
   if all(isinstance(s, float) for s in sparsity):
     return _count_in_float64(sizes, [1 - s for s in sparsity])

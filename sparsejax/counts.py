@@ -48,6 +48,10 @@ class Count:
   def equals(self, other: Count) -> jax.Array:
     return (self.high == other.high) & (self.low == other.low)
 
+  def to_float(self) -> jax.Array:
+    """The nearest float32, or one beside it."""
+    return self.high.astype(jnp.float32) * _WORD + self.low.astype(jnp.float32)
+
   def halved(self) -> Count:
     return Count(self.high >> 1, (self.high << 31) | (self.low >> 1))
 
@@ -135,11 +139,18 @@ def rounded_pruned(sparsity: jax.Array, sizes: np.ndarray) -> Count:
   return share + widen((half & (rest | odd_kept)).astype(jnp.uint32))
 
 
-def rounded_kept(density: jax.Array, sizes: np.ndarray) -> Count:
-  r"""The exact :math:`\mathrm{round}(d n)`, with ties to even; arguments as for a sparsity."""
-  share, half, rest = _share(density, from_ints(sizes))
-  odd = share.low & 1 == 1
-  return share + widen((half & (rest | odd)).astype(jnp.uint32))
+def share(fraction: jax.Array, n: Count, rounding: str = "nearest") -> Count:
+  r"""The exact :math:`f n`, rounded to an integer.
+
+  Args:
+    fraction: float32 values in [0, 1]; below 0 and NaN count as 0, above 1 as 1.
+    n: in the shape of `fraction`.
+    rounding: "nearest", with ties to even, "up" or "down".
+  """
+  whole, half, rest = _share(fraction, n)
+  odd = whole.low & 1 == 1
+  more = {"nearest": half & (rest | odd), "up": half | rest, "down": jnp.zeros_like(half)}[rounding]
+  return whole + widen(more.astype(jnp.uint32))
 
 
 def _share(fraction: jax.Array, n: Count) -> tuple[Count, jax.Array, jax.Array]:

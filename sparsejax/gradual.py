@@ -10,7 +10,7 @@ from sparsejax import allocation as allocation_lib
 from sparsejax import arguments, counts, criteria, rules, transform
 from sparsejax import masks as masks_lib
 from sparsejax.allocation import Allocation
-from sparsejax.criteria import Criterion
+from sparsejax.criteria import Criterion, Score
 from sparsejax.masks import Prunable, PyTree, is_kernel
 
 
@@ -22,7 +22,7 @@ def progressive_pruning(
   begin: int = 0,
   initial: float = 0.0,
   allocation: Allocation = "global",
-  criterion: Criterion = criteria.magnitude,
+  criterion: str | Score | Criterion = criteria.magnitude,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -52,7 +52,8 @@ def progressive_pruning(
     initial: the sparsity at which the ramp starts.
     allocation: how the overall sparsity is shared out among layers: "global", "uniform", "er",
       "erk", or a function; see `sparsejax.allocation`.
-    criterion: the score of each weight, a function of a `sparsejax.criteria.Leaf`; lowest pruned.
+    criterion: the score of each weight, lowest pruned: a name, a function of a
+      `sparsejax.criteria.Leaf`, or a `sparsejax.criteria.Criterion`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are pruned.
     key: a random key, for criteria that use one.
 
@@ -129,7 +130,7 @@ def gradual_pruning(
   end: int | None = None,
   keep_weights: bool = False,
   allocation: Allocation = "global",
-  criterion: Criterion = criteria.magnitude,
+  criterion: str | Score | Criterion = criteria.magnitude,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -166,7 +167,8 @@ def gradual_pruning(
       keeps the gradient of pruned weights at zero, and to the weights that training leaves.
     allocation: how the overall sparsity is shared out among layers: "global", "uniform", "er",
       "erk", or a function; see `sparsejax.allocation`.
-    criterion: the score of each weight, a function of a `sparsejax.criteria.Leaf`; lowest pruned.
+    criterion: the score of each weight, lowest pruned: a name, a function of a
+      `sparsejax.criteria.Leaf`, or a `sparsejax.criteria.Criterion`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are pruned.
     key: a random key, for criteria that use one.
 
@@ -214,13 +216,9 @@ def gradual_pruning(
       raise ValueError(f"schedule must return one real number, got {value}.")
     return value
 
-  def due(count):
-    on_grid = (count >= begin) & ((count - begin) % every == 0)
-    return on_grid if end is None else (on_grid & (count <= end)) | (count == end)
-
   return _prune_lowest(
     lambda count, pool, count_pruned: count_pruned(sparsity_at(count)),
-    due=due,
+    due=rules.on_grid(begin, every, end),
     sparsity=0.0,
     keep_weights=keep_weights,
     allocation=allocation,
@@ -235,7 +233,7 @@ def one_shot_pruning(
   *,
   at: int,
   allocation: Allocation = "global",
-  criterion: Criterion = criteria.magnitude,
+  criterion: str | Score | Criterion = criteria.magnitude,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -248,7 +246,8 @@ def one_shot_pruning(
     at: the number of the call of `update`, from 0.
     allocation: how the overall sparsity is shared out among layers: "global", "uniform", "er",
       "erk", or a function; see `sparsejax.allocation`.
-    criterion: the score of each weight, a function of a `sparsejax.criteria.Leaf`; lowest pruned.
+    criterion: the score of each weight, lowest pruned: a name, a function of a
+      `sparsejax.criteria.Leaf`, or a `sparsejax.criteria.Criterion`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are pruned.
     key: a random key, for criteria that use one.
 
@@ -314,14 +313,7 @@ def fixed_masks(masks: PyTree) -> optax.GradientTransformationExtraArgs:
     is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
     return is_float and not masks_lib.lies_in(masks_lib.path_name(path), unmasked)
 
-  never = transform.masked_updates(
-    lambda call: call.masks, due=lambda count: False, prunable=is_masked
-  )
-
-  def init_fn(params):
-    state = never.init(params)
-    if not jax.tree.leaves(params):
-      return state
+  def initial_masks(params, pool):
     # By name, so that masks may be restored as a plain dictionary, and with a group's masks only
     # where the parameters are those of a group.
     weights, other_groups = masks_lib.leaves_and_masked_nodes(params)
@@ -331,14 +323,14 @@ def fixed_masks(masks: PyTree) -> optax.GradientTransformationExtraArgs:
       "the masks",
       "the parameters",
     )
-    # Copies, so that the state can be donated, and sharded like the parameters.
-    return state._replace(
-      masks=jax.tree_util.tree_map_with_path(
-        lambda path, m: m & given[masks_lib.path_name(path)], state.masks
-      )
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: given[masks_lib.path_name(path)], pool)
 
-  return optax.GradientTransformationExtraArgs(init_fn, never.update)
+  return transform.masked_updates(
+    lambda call: call.masks,
+    due=lambda count: False,
+    initial_masks=initial_masks,
+    prunable=is_masked,
+  )
 
 
 def _prune_lowest(
@@ -347,16 +339,18 @@ def _prune_lowest(
   due: Callable[[jax.Array], jax.Array],
   sparsity: PyTree,
   allocation: Allocation,
-  criterion: Criterion,
+  criterion: str | Score | Criterion,
   prunable: Prunable,
   key: jax.Array | None,
   keep_weights: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """The transformation whose rule is `rules.prune_lowest`; `init` checks a tree of sparsities."""
   allocation_lib.resolve(allocation)
-  if criterion is criteria.random and key is None:
-    raise ValueError("criteria.random needs a key, got key=None: pass key=jax.random.key(seed).")
-  rule = rules.prune_lowest(goal, allocation, criterion, revive=keep_weights)
+  criterion = criteria.resolve(criterion)
+  criteria.check_key(key, criterion)
+  rule = rules.from_criteria(
+    rules.prune_lowest(goal, allocation, criterion, revive=keep_weights), drop=criterion
+  )
   pruning = transform.masked_updates(
     rule, due=due, keep_weights=keep_weights, prunable=prunable, key=key
   )

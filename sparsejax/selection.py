@@ -80,21 +80,8 @@ def select_smallest(scores: PyTree, k: Any, *, among: PyTree | None = None) -> P
       "`among` must be a boolean tree with the structure and shapes of `scores`, got"
       f" {jax.tree.map(np.shape, among)} for {jax.tree.map(np.shape, scores)}."
     )
-  selected = _select_among(leaves, k, [jnp.asarray(c, bool) for c in candidates])
+  selected = select_among(leaves, k, [jnp.asarray(c, bool) for c in candidates])
   return jax.tree.unflatten(treedef, selected)
-
-
-@jax.jit
-def _select_among(
-  scores: Sequence[jax.Array], k: Count, candidates: Sequence[jax.Array]
-) -> list[jax.Array]:
-  """Selects what is no candidate first, and then leaves it out."""
-  if not scores:
-    return []
-  words = jnp.stack([counts.count_true(~c)[0] for c in candidates])
-  before = counts.total(words) if k.low.shape[0] == 1 else counts.widen(words)
-  selected = select(scores, _at_most_all(k, scores) + before, active=candidates)
-  return [s & c for s, c in zip(selected, candidates)]
 
 
 def _count_of(k: Any, treedef) -> Count:
@@ -129,17 +116,13 @@ def _at_most_all(k: Count, arrays: Sequence[jax.Array]) -> Count:
   return counts.minimum(k, counts.from_ints([sum(sizes)] if k.low.shape[0] == 1 else sizes))
 
 
-def _identity(x: jax.Array) -> jax.Array:
-  return x
-
-
 @functools.partial(jax.jit, static_argnames="score")
 def select(
   values: Sequence[jax.Array],
   k: Count,
   *,
   active: Sequence[jax.Array] | None = None,
-  score: Callable[[jax.Array], jax.Array] = _identity,
+  score: Callable[[jax.Array], jax.Array] = jnp.positive,
 ) -> list[jax.Array]:
   """`select_smallest` for a list of arrays, as the transformations use it.
 
@@ -212,6 +195,24 @@ def select(
 
   before = predicates(comes_before, _word(bound, key_type), in_arrays(place))
   return [b if mask is None else b | ~mask for b, mask in zip(before, active)]
+
+
+@functools.partial(jax.jit, static_argnames="score")
+def select_among(
+  values: Sequence[jax.Array],
+  k: Count,
+  candidates: Sequence[jax.Array],
+  *,
+  score: Callable[[jax.Array], jax.Array] = jnp.positive,
+) -> list[jax.Array]:
+  """The same among some candidates only, which k counts, and nothing else is selected."""
+  if not values:
+    return []
+  # What is no candidate comes first, and is left out then.
+  words = jnp.stack([counts.count_true(~c)[0] for c in candidates])
+  before = counts.total(words) if k.low.shape[0] == 1 else counts.widen(words)
+  selected = select(values, _at_most_all(k, values) + before, active=candidates, score=score)
+  return [s & c for s, c in zip(selected, candidates)]
 
 
 def _search(

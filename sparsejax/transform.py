@@ -1,8 +1,9 @@
-"""The transformation itself: its state, when masks change, and updates that give exact zeros."""
+"""The transformation itself: when masks change, and updates that give exact zeros."""
 
+import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +12,10 @@ import optax
 from sparsejax import arguments, selection
 from sparsejax import masks as masks_lib
 from sparsejax.masks import Prunable, PyTree, is_kernel, is_masked_node
+from sparsejax.moments import map_moments
+from sparsejax.state import MaskedUpdatesState
 
-
-class MaskedUpdatesState(NamedTuple):
-  """State of `masked_updates`, and so of every pruning transformation.
-
-  Attributes:
-    count: number of calls of `update` so far.  # shape=(), dtype=jnp.int32
-    masks: a boolean tree with the structure of the parameters, True where a weight is active, with
-      `optax.MaskedNode()` in place of leaves that are never pruned.
-    key: the random key, or None.
-  """
-
-  count: jax.Array
-  masks: PyTree
-  key: jax.Array | None = None
+Moments = Literal["masked", "reset", "kept"]
 
 
 class Call(NamedTuple):
@@ -35,11 +25,15 @@ class Call(NamedTuple):
   them meets the prunable leaves only.
 
   Attributes:
-    count: the number of the call, from 0.  # shape=(), dtype=jnp.int32
-    params: the weights, as passed to `update`.
+    count: the number of the call, from 0; from 1 if masks change after the step, so that it is the
+      number of steps that the weights have taken.  # shape=(), dtype=jnp.int32
+    params: the weights, as passed to `update`, or as the step leaves them.
     masks: the masks before this call.
-    grad: the gradient passed as `update(..., grad=gradient)`, or None.
+    grad: the gradient, or None: what is passed as `update(..., grad=gradient)`, or else the updates
+      that an inner optimizer gets.
     key: a random key of this call's own, or None if the transformation has none.
+    inner: the state of the inner optimizer, before or after the step as the weights are, or None.
+    statistics: those of the rule, this call's included.
   """
 
   count: jax.Array
@@ -47,12 +41,36 @@ class Call(NamedTuple):
   masks: PyTree
   grad: PyTree | None
   key: jax.Array | None
+  inner: PyTree = None
+  statistics: PyTree = None
+
+
+class Rule(NamedTuple):
+  """How masks change, for a rule of several stages, or one that keeps statistics.
+
+  Attributes:
+    stages: functions that take a `Call` and return new masks. Each sees the masks and weights that
+      the one before leaves: what is pruned in one and grows in a later one starts at zero.
+    init: takes the weights and returns the statistics to start with.
+    observe: takes a `Call` and returns new statistics, at every call, before any change.
+    forget: takes a `Call` and returns the statistics to go on with after a change.
+  """
+
+  stages: tuple[Callable[[Call], PyTree], ...]
+  init: Callable[[PyTree], PyTree] = lambda params: None
+  observe: Callable[[Call], PyTree] = lambda call: call.statistics
+  forget: Callable[[Call], PyTree] = lambda call: call.statistics
 
 
 def masked_updates(
-  rule: Callable[[Call], PyTree],
+  rule: Callable[[Call], PyTree] | Rule,
   *,
   due: Callable[[jax.Array], jax.Array | bool],
+  inner: optax.GradientTransformation | None = None,
+  after_step: bool = False,
+  skip_step: bool = False,
+  moments: Moments = "masked",
+  initial_masks: Callable[[PyTree, PyTree], PyTree] | None = None,
   keep_weights: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
@@ -86,13 +104,33 @@ def masked_updates(
   >>> print(f"{sparsejax.sparsity(sparsejax.get_masks(state, params)):.1%}")
   10.0%
 
+  A rule that needs the dense gradient, or that lets weights grow again, wraps the optimizer instead
+  of following it: `masked_updates(rule, inner=optax.sgd(0.1, momentum=0.9), due=...)`. The updates
+  that come in are the gradients then, and what grows starts at zero.
+
   Args:
-    rule: takes the `Call` and returns the new masks. It runs only when masks are due (under `vmap`,
-      when they are in any lane), and may use anything that JAX can trace.
+    rule: takes the `Call` and returns the new masks, or is a `Rule`. It runs only when masks are
+      due (under `vmap`, when they are in any lane), and may use anything that JAX can trace.
     due: takes the number of the call, from 0, and returns whether masks change at it.
+    inner: the optimizer to wrap.
+    after_step: whether masks change by the weights that the inner optimizer's step leaves, not by
+      those before it. Calls count from 1 then, and what grows takes its first step at the next one.
+    skip_step: whether the inner optimizer makes no step when masks change.
+    moments: what happens to those of the inner optimizer (see `sparsejax.moments`):
+
+      - "masked": they are zero wherever a weight is not active, and the inner optimizer gets zero
+        for the gradients of such weights.
+      - "reset": it gets that too, and moments of dropped weights fade as it lets them; they are set
+        to zero when the weight grows again.
+      - "kept": it gets all gradients, so that weights grow with the momentum that they would have.
+    initial_masks: takes the parameters, and the same with `optax.MaskedNode()` for leaves that are
+      not prunable, and returns masks like the latter. By default all weights are active. The
+      parameters are to be masked too before training, or else the first gradient is that of the
+      dense network: `params = sparsejax.apply_masks(params, sparsejax.get_masks(state, params))`.
     keep_weights: whether pruned weights keep their values, so that they can return. The updates
       then pass as they are, and the masks in the state are to be applied wherever the network
-      computes: `sparsejax.apply_masks(params, sparsejax.get_masks(state, params))`.
+      computes: `sparsejax.apply_masks(params, sparsejax.get_masks(state, params))`. Not with an
+      inner optimizer.
     prunable: `prunable(path, leaf) -> bool` says which leaves are pruned, given their path as in
       `jax.tree_util.tree_map_with_path`. An attribute `value` at its end, as of a variable of Flax
       NNX, is left out.
@@ -104,115 +142,93 @@ def masked_updates(
     accepts any extra arguments.
 
   Raises:
-    ValueError: by `init`, if there are leaves and none is prunable, or if a prunable leaf is not
-      floating-point; by `update`, if it gets no parameters, or others than `init` got.
+    ValueError: if arguments contradict each other; by `init`, if there are leaves and none is
+      prunable, or if a prunable leaf is not floating-point; by `update`, if it gets no parameters,
+      or others than `init` got.
   """
-
   if key is not None:
     arguments.check_key(key)
+  _check_combination(inner, after_step, skip_step, moments, keep_weights)
+  rule = rule if isinstance(rule, Rule) else Rule((rule,))
+  inner = None if inner is None else optax.with_extra_args_support(inner)
 
   def init_fn(params):
-    masks = masks_lib.all_true(masks_lib.select_prunable(params, prunable))
+    pool = masks_lib.select_prunable(params, prunable)
+    masks = masks_lib.all_true(pool)
     check_prunable(params, masks)
+    if initial_masks is not None and jax.tree.leaves(params):
+      # Copies, so that the state can be donated, and sharded like the parameters.
+      masks = jax.tree.map(jnp.logical_and, masks, initial_masks(params, pool))
     return MaskedUpdatesState(
-      count=jnp.zeros([], jnp.int32), masks=masks, key=None if key is None else jnp.array(key)
+      count=jnp.zeros([], jnp.int32),
+      masks=masks,
+      key=None if key is None else jnp.array(key),
+      inner=None if inner is None else inner.init(params),
+      statistics=rule.init(pool),
     )
 
   def update_fn(updates, state, params=None, *, grad=None, **extra_args):
-    del extra_args
     if params is None:
       raise ValueError(
         "pruning needs the weights: call update(updates, state, params) with the parameters as"
         " third argument."
       )
     weights = masks_lib.pick(state.masks, params, "the masks", "the parameters")
-    masks_lib.pick(state.masks, updates, "the masks", "the updates")
+    of_weights = masks_lib.pick(state.masks, updates, "the masks", "the updates")
     if grad is not None:
-      grad = masks_lib.pick(state.masks, grad, "the masks", "the gradients")
-    is_due = jnp.asarray(due(state.count), bool)
+      gradient = masks_lib.pick(state.masks, grad, "the masks", "the gradients")
+    else:
+      gradient = None if inner is None else of_weights
+    count = state.count + 1 if after_step else state.count
+    is_due = jnp.asarray(due(count), bool)
 
-    def changed(masks, weights):
+    def change(weights, inner_state):
       # The key is not replaced but folded with the count: what a call draws depends on that alone.
       call_key = None if state.key is None else jax.random.fold_in(state.key, state.count)
-      new = rule(Call(state.count, weights, masks, grad, call_key))
-      masks_lib.pick(masks, new, "the masks", "the masks that the rule returns")
-      return jax.tree.map(lambda m, n: jnp.where(is_due, n, m), masks, new)
-
-    # Masks and weights are all that goes in: updates among the operands would be written to memory
-    # at each step, for nothing.
-    masks = jax.lax.cond(
-      _in_any_lane(is_due),
-      changed,
-      lambda masks, _: masks,
-      state.masks,
       # Masks have no derivative, and JAX should not look for one in the rule.
-      jax.lax.stop_gradient(weights),
-    )
-    if not keep_weights:
-      updates = jax.tree.map(
-        lambda m, u, p: u if is_masked_node(m) else _where(m, u, -p),
-        masks,
-        updates,
-        params,
-        is_leaf=is_masked_node,
+      weights, grad, inner_state = jax.lax.stop_gradient((weights, gradient, inner_state))
+      call = Call(count, weights, state.masks, grad, call_key, inner_state, state.statistics)
+      call = call._replace(statistics=rule.observe(call))
+      masks, survivors = _changed(rule.stages, call, is_due)
+      return masks, survivors, _select(is_due, rule.forget(call), call.statistics)
+
+    def step(masks, survivors, inner_state):
+      gradients = updates if moments == "kept" else _masked(masks, updates)
+      return inner.update(gradients, inner_state, _masked(survivors, params), **extra_args)
+
+    inner_state = state.inner
+    if after_step:
+      updates, inner_state = step(state.masks, state.masks, inner_state)
+      weights = jax.tree.map(
+        lambda m, p, u: jnp.where(m, (p + u).astype(p.dtype), 0),
+        state.masks,
+        weights,
+        masks_lib.pick(state.masks, updates, "the masks", "the updates"),
       )
-    return updates, MaskedUpdatesState(optax.safe_increment(state.count), masks, state.key)
+    masks, survivors, statistics = change(weights, inner_state)
+    if moments == "masked":
+      inner_state = map_moments(_zero_unless, inner_state, survivors)
+    elif moments == "reset":
+      inner_state = map_moments(
+        lambda x, m, s: _zero_unless(x, s | ~m), inner_state, masks, survivors
+      )
+    active = survivors if after_step else masks
+    if inner is not None and not after_step:
+      nothing = jax.tree.map(jnp.zeros_like, updates), inner_state
+      updates, inner_state = step(masks, survivors, inner_state)
+      if skip_step:
+        updates, inner_state = _select(is_due, nothing, (updates, inner_state))
+      if moments == "masked":
+        inner_state = map_moments(_zero_unless, inner_state, masks)
+      # What grows starts at zero, whatever its value was.
+      updates = _map_masked(lambda s, u, p: _where(s, u, u - p), survivors, updates, params)
+    if not keep_weights:
+      updates = _map_masked(lambda m, u, p: _where(m, u, -p), active, updates, params)
+    return updates, MaskedUpdatesState(
+      optax.safe_increment(state.count), masks, state.key, inner_state, statistics
+    )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def get_masks(opt_state: PyTree, params: PyTree) -> PyTree:
-  """Finds the masks in an optimizer state.
-
-  Args:
-    opt_state: any optimizer state that contains that of a pruning transformation, however deep.
-    params: the parameters that the optimizer was initialised with (their shapes suffice); with
-      Flax NNX, `nnx.state(model, nnx.Param)`.
-
-  Returns:
-    A full boolean tree with the structure of the parameters: True where a weight is active and in
-    leaves that are never pruned. The masks of several transformations are and-ed.
-
-  Raises:
-    ValueError: if there are no masks in the state, or none that fit the parameters.
-
-  Example:
-    >>> import jax.numpy as jnp, optax, sparsejax
-    >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    >>> tx = optax.chain(optax.adam(1e-3), sparsejax.one_shot_pruning(0.5, at=10))
-    >>> sparsejax.get_masks(tx.init(params), params)["bias"]
-    Array([ True,  True], dtype=bool)
-  """
-  states = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(leaf)]
-  if not states:
-    raise ValueError(
-      "there are no masks in this optimizer state: chain a transformation of sparsejax, such as"
-      " progressive_pruning, after the optimizer."
-    )
-  found = {}
-  for state in states:
-    for path, mask in jax.tree_util.tree_leaves_with_path(state.masks):
-      found.setdefault(masks_lib.strip_value(path), []).append(mask)
-
-  def full_mask(path, leaf):
-    mask = jnp.ones_like(leaf, dtype=bool)
-    for other in found.get(masks_lib.strip_value(path), ()):
-      mask &= other
-    return mask
-
-  shapes = masks_lib.leaves_by_name(params)
-  for path, masks in found.items():
-    name = masks_lib.path_name(path)
-    for mask in masks:
-      masks_lib.check_same_shapes(
-        {name: mask},
-        {name: shapes[name]} if name in shapes else {},
-        "the masks",
-        "the parameters",
-      )
-
-  full = jax.tree_util.tree_map_with_path(full_mask, params)
-  return full
 
 
 def static_args(transformation: Callable[..., Any]) -> tuple[str, ...]:
@@ -257,8 +273,66 @@ def check_prunable(params: PyTree, masks: PyTree) -> None:
       )
 
 
-def _is_state(x: Any) -> bool:
-  return isinstance(x, MaskedUpdatesState)
+def _check_combination(inner, after_step, skip_step, moments, keep_weights) -> None:
+  """Raises a ValueError if arguments contradict each other."""
+  if inner is None and (after_step or skip_step):
+    raise ValueError("after_step and skip_step are about the step of an inner optimizer: pass one.")
+  if inner is not None and not isinstance(inner, optax.GradientTransformation):
+    raise ValueError(f"inner must be an optimizer, such as optax.sgd(0.1), got {inner!r}.")
+  if inner is not None and keep_weights:
+    raise ValueError("keep_weights is for links after an optimizer, not with an inner one.")
+  if after_step and skip_step:
+    raise ValueError("a step that is skipped leaves nothing: pass after_step or skip_step.")
+  if moments not in get_args(Moments):
+    raise ValueError(f"moments must be one of {get_args(Moments)}, got {moments!r}.")
+
+
+def _changed(
+  stages: Sequence[Callable[[Call], PyTree]], call: Call, is_due: jax.Array
+) -> tuple[PyTree, PyTree]:
+  """The masks after a call, and where weights have been active all the time."""
+
+  def changed(call):
+    before, found = call.masks, []
+    for stage in stages:
+      masks = stage(call)
+      masks_lib.pick(before, masks, "the masks", "the masks that the rule returns")
+      masks = jax.tree.map(lambda m, b: jnp.where(is_due, m, b), masks, before)
+      call = call._replace(masks=masks, params=_masked(masks, call.params))
+      found.append(masks)
+    return found
+
+  found = jax.lax.cond(
+    _in_any_lane(is_due), lambda: changed(call), lambda: [call.masks] * len(stages)
+  )
+  return found[-1], jax.tree.map(
+    lambda *masks: functools.reduce(jnp.logical_and, masks), call.masks, *found
+  )
+
+
+def _masked(masks: PyTree, tree: PyTree) -> PyTree:
+  """The tree, zero where a mask is False."""
+  return _map_masked(lambda m, x: _zero_unless(x, m), masks, tree)
+
+
+def _map_masked(function: Callable[..., jax.Array], masks: PyTree, tree: PyTree, *trees: PyTree):
+  """The tree, changed where there is a mask; the function takes that before the leaves."""
+  return jax.tree.map(
+    lambda m, x, *xs: x if is_masked_node(m) else function(m, x, *xs),
+    masks,
+    tree,
+    *trees,
+    is_leaf=is_masked_node,
+  )
+
+
+def _zero_unless(x: jax.Array, mask: jax.Array) -> jax.Array:
+  return _where(mask, x, jnp.zeros_like(x))
+
+
+def _select(condition: jax.Array, tree: PyTree, other: PyTree) -> PyTree:
+  """One of two trees."""
+  return jax.tree.map(lambda x, y: jnp.where(condition, x, y), tree, other)
 
 
 def _where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:

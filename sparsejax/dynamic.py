@@ -1,0 +1,550 @@
+"""Dynamic sparse training: weights are dropped and others grow, at constant or falling density.
+
+These transformations wrap the optimizer, since what grows is chosen by the dense gradient or by the
+momentum. Training may start sparse; the parameters that it starts from are then to be masked:
+
+>>> def start(optimizer, params):
+...   state = optimizer.init(params)
+...   return sparsejax.apply_masks(params, sparsejax.get_masks(state, params)), state
+"""
+
+import numbers
+from collections.abc import Callable
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sparsejax import allocation as allocation_lib
+from sparsejax import arguments, counts, criteria, rules, transform
+from sparsejax import masks as masks_lib
+from sparsejax.allocation import Allocation
+from sparsejax.criteria import Criterion, Score
+from sparsejax.masks import Prunable, PyTree, is_kernel
+from sparsejax.rules import Rounding
+from sparsejax.transform import Moments
+
+
+def dynamic_sparse_training(
+  inner: optax.GradientTransformation,
+  *,
+  sparsity: float | jax.Array | PyTree | None,
+  drop: str | Score | Criterion = criteria.magnitude,
+  grow: str | Score | Criterion = criteria.gradient,
+  fraction: float | optax.Schedule,
+  every: int,
+  begin: int = 0,
+  end: int | None = None,
+  allocation: Allocation = "erk",
+  masks: PyTree | None = None,
+  ramp: optax.Schedule | None = None,
+  initial: float = 0.0,
+  ramp_allocation: Allocation = "global",
+  after_step: bool = False,
+  skip_step: bool = False,
+  moments: Moments = "masked",
+  drop_globally: bool = False,
+  redistribute: Score | None = None,
+  exact_growth: bool = True,
+  rounding: Rounding = "nearest",
+  prunable: Prunable = is_kernel,
+  key: jax.Array | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Trains sparse from the start, and moves weights to where they matter more.
+
+  The updates that come in are the gradients, of all weights: those of inactive ones say where to
+  grow, at no extra cost. (A loss that applies masks itself would hide them.)
+
+  Masks change at the calls :math:`c = b, b + \Delta, b + 2 \Delta, \dots`, where :math:`b` is
+  `begin` and :math:`\Delta` is `every`, up to `end`, and a last time at `end` itself. Then, in each
+  layer with a active weights, the :math:`k = \mathrm{round}(f a)` of lowest drop score are dropped,
+  where f is `fraction`, and exactly k inactive ones of highest growth score grow, those just
+  dropped included. What is dropped and grows again at once goes on with its value; everything else
+  that grows starts at zero.
+
+  With a `ramp` the network also becomes sparser: before weights are dropped, those of lowest drop
+  score are pruned so that the overall sparsity is :math:`s_0 + (s - s_0) r(c)`, with :math:`s_0` =
+  `initial` and :math:`s` = `sparsity`. Where the ramp r has come to 1, that is exactly the final
+  sparsity. What is pruned may grow at once, but starts at zero.
+
+  Args:
+    inner: the optimizer, without the weight decay or learning rate of others after it.
+    sparsity: the sparsity in [0, 1): a float, a traced scalar, or a tree like the parameters, one
+      for each prunable leaf, which replaces the allocation. None to take that of the `masks`.
+    drop: the score of active weights, lowest dropped: a name, a function of a
+      `sparsejax.criteria.Leaf`, or a `sparsejax.criteria.Criterion`.
+    grow: the score of inactive weights, highest grown; likewise.
+    fraction: of the active weights of each layer, how much is dropped and grown; or a schedule of
+      it, from the number of the call. For the float32 value the count is exact.
+    every: calls from one change of the masks to the next.
+    begin: the call at which the masks change first.
+    end: the call at which they change last. Without it they go on changing.
+    allocation: how the sparsity at the start is shared out among layers: "uniform", "er", "erk", or
+      a function, see `sparsejax.allocation`; the active weights in each are drawn at random. With
+      "global", those of largest magnitude are active.
+    masks: the masks to start with instead, a full boolean tree, such as
+      `sparsejax.masks_from_scores` makes.
+    ramp: a schedule from 0 to 1, from the number of the call.
+    initial: the sparsity at the start of the ramp. Without a ramp training starts at `sparsity`.
+    ramp_allocation: how the sparsity of the ramp is shared out, as in
+      `sparsejax.gradual_pruning`.
+    after_step: whether masks change by the weights that the inner optimizer's step leaves, not by
+      those before it. Calls count from 1 then, and what grows takes its first step at the next one.
+    skip_step: whether the inner optimizer makes no step when masks change.
+    moments: "masked", "reset" or "kept": what happens to the inner optimizer's moments of weights
+      that are dropped or grow, see `sparsejax.masked_updates`. Growth by momentum needs "kept".
+    drop_globally: whether the active weights of all layers compete, and not those of each. In each
+      layer as many grow as were dropped there.
+    redistribute: from the context of a leaf to a number in proportion to which its layer gets its
+      share of all that grows, such as `sparsejax.criteria.mean_momentum`.
+    exact_growth: whether exactly k weights grow. If not, each candidate grows by itself, with the
+      probability that gives k on average; only for random growth. The sparsity drifts then.
+    rounding: of k: "nearest", "up" or "down".
+    prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
+    key: a random key, for masks drawn at random and for random criteria; it lives in the state.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`; see `sparsejax.masked_updates`.
+
+  Raises:
+    ValueError: if an argument is out of its range, or contradicts another one; by `init`, if a tree
+      of sparsities or masks does not match the parameters; by `update`, if what a criterion needs
+      is missing.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, sparsejax
+    >>> tx = sparsejax.dynamic_sparse_training(
+    ...     optax.sgd(0.1, momentum=0.9),
+    ...     sparsity=0.5,
+    ...     fraction=optax.cosine_decay_schedule(0.3, 1000),
+    ...     every=10,
+    ...     key=jax.random.key(0),
+    ... )
+    >>> params = {"kernel": jax.random.normal(jax.random.key(1), (8, 5))}
+    >>> state = tx.init(params)
+    >>> params = sparsejax.apply_masks(params, sparsejax.get_masks(state, params))
+    >>> updates, state = tx.update(params, state, params)
+    >>> print(int((optax.apply_updates(params, updates)["kernel"] != 0).sum()))
+    20
+
+  References:
+    Nowak et al., `Fantastic Weights and How to Find Them: Where to Prune in Dynamic Sparse Training
+    <https://arxiv.org/abs/2306.12230>`_, 2023
+  """
+  every = arguments.check_integer("every", every, at_least=1)
+  begin = arguments.check_integer("begin", begin, at_least=0)
+  if end is not None:
+    end = arguments.check_integer("end", end, at_least=0)
+    if begin > end:
+      raise ValueError(f"begin must not exceed end, got begin={begin} and end={end}.")
+  drop, grow = criteria.resolve(drop, "drop"), criteria.resolve(grow, "grow")
+  first, sparsity = _check_start(sparsity, masks, ramp, initial)
+  criteria.check_key(key, drop, grow)
+  if rounding not in get_args(Rounding):
+    raise ValueError(f"rounding must be one of {get_args(Rounding)}, got {rounding!r}.")
+  if moments != "kept" and grow is criteria.momentum:
+    raise ValueError(
+      f'growth by momentum needs that of inactive weights, but moments={moments!r}: pass "kept".'
+    )
+  stages = [
+    rules.drop_and_grow(
+      drop,
+      grow,
+      _schedule(fraction),
+      rounding=rounding,
+      drop_globally=drop_globally,
+      redistribute=redistribute,
+      exact_growth=exact_growth,
+    )
+  ]
+  if ramp is not None:
+    allocation_lib.resolve(ramp_allocation)
+    goal = _ramped(sparsity, initial, ramp)
+    stages.insert(0, rules.prune_lowest(goal, ramp_allocation, drop))
+  return transform.masked_updates(
+    rules.from_criteria(*stages, drop=drop, grow=grow),
+    due=rules.on_grid(begin, every, end),
+    inner=inner,
+    after_step=after_step,
+    skip_step=skip_step,
+    moments=moments,
+    initial_masks=_initial_masks(first, masks, allocation, key),
+    prunable=prunable,
+    key=key,
+  )
+
+
+def granet(
+  inner: optax.GradientTransformation,
+  *,
+  sparsity: float | jax.Array | PyTree,
+  initial: float = 0.0,
+  steps: int,
+  every: int,
+  fraction: float | optax.Schedule,
+  begin: int = 0,
+  end: int | None = None,
+  allocation: Allocation = "erk",
+  ramp_allocation: Allocation = "global",
+  masks: PyTree | None = None,
+  prunable: Prunable = is_kernel,
+  key: jax.Array | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Gradual pruning with zero-cost neuroregeneration.
+
+  The sparsity rises along Zhu & Gupta's cubic, by global magnitude pruning; after each pruning, a
+  fraction of the smallest weights of each layer gives way to those of largest gradient. This goes
+  on when the final sparsity is reached. Masks change by the weights that a step leaves, first after
+  `begin + every` calls.
+
+  Args:
+    inner: the optimizer.
+    sparsity: the final sparsity, as in `sparsejax.dynamic_sparse_training`.
+    initial: the sparsity at the start: 0 is dense-to-sparse, and 0.5 the authors' sparse-to-sparse.
+    steps: length of the ramp of sparsity, in calls of `update`.
+    every: calls from one change of the masks to the next.
+    fraction: of the active weights, how much is regenerated; the authors let it fall from 0.5 to
+      0.005 along a cosine over the training, `optax.cosine_decay_schedule(0.5, calls, 0.01)`.
+    begin: the call at which the ramp begins.
+    end: the call at which masks change last. Without it they go on changing.
+    allocation: how the sparsity at the start is shared out among layers.
+    ramp_allocation: how that of the ramp is.
+    masks: the masks to start with instead.
+    prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
+    key: a random key, if the start is sparse.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`; see `sparsejax.dynamic_sparse_training`.
+
+  Raises:
+    ValueError: as `sparsejax.dynamic_sparse_training` does.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, sparsejax
+    >>> tx = sparsejax.granet(optax.sgd(0.1), sparsity=0.8, steps=4, every=2, fraction=0.5)
+    >>> params = {"kernel": jnp.arange(1., 11.).reshape(2, 5)}
+    >>> state = tx.init(params)
+    >>> for _ in range(5):
+    ...   updates, state = tx.update({"kernel": jnp.zeros((2, 5))}, state, params)
+    ...   print(int(sparsejax.get_masks(state, params)["kernel"].sum()))
+    10
+    3
+    3
+    2
+    2
+
+  References:
+    Liu et al., `Sparse Training via Boosting Pruning Plasticity with Neuroregeneration
+    <https://arxiv.org/abs/2106.10404>`_, 2021
+  """
+  steps = arguments.check_integer("steps", steps, at_least=1)
+  begin = arguments.check_integer("begin", begin, at_least=0)
+  every = arguments.check_integer("every", every, at_least=1)
+  if end is not None and arguments.check_integer("end", end, at_least=0) < begin + steps:
+    raise ValueError(
+      f"the ramp of sparsity ends at {begin + steps}, after the last change at end={end}."
+    )
+  return dynamic_sparse_training(
+    inner,
+    sparsity=sparsity,
+    fraction=fraction,
+    every=every,
+    begin=begin + every,
+    end=end,
+    allocation=allocation,
+    masks=masks,
+    ramp=optax.polynomial_schedule(0.0, 1.0, 3, steps, begin),
+    initial=initial,
+    ramp_allocation=ramp_allocation,
+    after_step=True,
+    prunable=prunable,
+    key=key,
+  )
+
+
+def rigl(
+  inner: optax.GradientTransformation,
+  *,
+  sparsity: float | jax.Array | PyTree | None,
+  end: int,
+  every: int = 100,
+  fraction: float | optax.Schedule | None = None,
+  allocation: Allocation = "erk",
+  masks: PyTree | None = None,
+  prunable: Prunable = is_kernel,
+  key: jax.Array | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """The rigged lottery: drops by magnitude and grows by gradient, in place of a step.
+
+  Args:
+    inner: the optimizer. It makes no step at a call at which masks change.
+    sparsity: as in `sparsejax.dynamic_sparse_training`.
+    end: the call at which masks change last; in the paper after three quarters of the training.
+    every: calls from one change of the masks to the next, from the first call on.
+    fraction: as in `sparsejax.dynamic_sparse_training`. By default it falls from 0.3 to 0 at `end`,
+      along a cosine.
+    allocation: how the sparsity is shared out among layers.
+    masks: the masks to start with instead.
+    prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
+    key: a random key, for the masks to start with.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`; see `sparsejax.dynamic_sparse_training`.
+
+  Raises:
+    ValueError: as `sparsejax.dynamic_sparse_training` does.
+
+  References:
+    Evci et al., `Rigging the Lottery: Making All Tickets Winners
+    <https://arxiv.org/abs/1911.11134>`_, 2020
+  """
+  if fraction is None:
+    fraction = optax.cosine_decay_schedule(0.3, arguments.check_integer("end", end, at_least=1))
+  return dynamic_sparse_training(
+    inner,
+    sparsity=sparsity,
+    fraction=fraction,
+    every=every,
+    end=end,
+    allocation=allocation,
+    masks=masks,
+    skip_step=True,
+    moments="reset",
+    prunable=prunable,
+    key=key,
+  )
+
+
+def sparse_evolutionary_training(
+  inner: optax.GradientTransformation,
+  *,
+  sparsity: float | jax.Array | PyTree | None,
+  every: int,
+  end: int | None = None,
+  fraction: float | optax.Schedule = 0.3,
+  allocation: Allocation = "er",
+  masks: PyTree | None = None,
+  prunable: Prunable = is_kernel,
+  key: jax.Array | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """SET: drops the weights closest to zero, of each sign a fraction, and grows at random.
+
+  Args:
+    inner: the optimizer.
+    sparsity: as in `sparsejax.dynamic_sparse_training`.
+    every: calls from one change of the masks to the next, an epoch in the paper.
+    end: the call at which masks change last. Without it they go on changing.
+    fraction: as in `sparsejax.dynamic_sparse_training`.
+    allocation: how the sparsity is shared out among layers.
+    masks: the masks to start with instead.
+    prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
+    key: a random key.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`; see `sparsejax.dynamic_sparse_training`.
+
+  Raises:
+    ValueError: as `sparsejax.dynamic_sparse_training` does.
+
+  References:
+    Mocanu et al., `Scalable training of artificial neural networks with adaptive sparse
+    connectivity inspired by network science <https://arxiv.org/abs/1707.04780>`_, 2018
+  """
+  return dynamic_sparse_training(
+    inner,
+    sparsity=sparsity,
+    drop=criteria.each_sign_in_proportion,
+    grow=criteria.random,
+    fraction=fraction,
+    every=every,
+    begin=every,
+    end=end,
+    allocation=allocation,
+    masks=masks,
+    after_step=True,
+    prunable=prunable,
+    key=key,
+  )
+
+
+def snfs(
+  inner: optax.GradientTransformation,
+  *,
+  sparsity: float | jax.Array | PyTree | None,
+  every: int,
+  fraction: float | optax.Schedule,
+  redistribute: bool = True,
+  end: int | None = None,
+  allocation: Allocation = "uniform",
+  masks: PyTree | None = None,
+  prunable: Prunable = is_kernel,
+  key: jax.Array | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Sparse networks from scratch (sparse momentum): grows by momentum, where layers have most.
+
+  Args:
+    inner: the optimizer, which has to keep a first moment. It gets the gradients of all weights.
+    sparsity: as in `sparsejax.dynamic_sparse_training`.
+    every: calls from one change of the masks to the next, an epoch in the paper.
+    fraction: as in `sparsejax.dynamic_sparse_training`; the authors let it fall from 0.5 to 0 along
+      a cosine over the training.
+    redistribute: whether what grows is shared out among layers in proportion to the mean momentum
+      of their active weights, or grows where it was dropped.
+    end: the call at which masks change last. Without it they go on changing.
+    allocation: how the sparsity is shared out among layers at the start.
+    masks: the masks to start with instead.
+    prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
+    key: a random key, for the masks to start with.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`; see `sparsejax.dynamic_sparse_training`.
+
+  Raises:
+    ValueError: as `sparsejax.dynamic_sparse_training` does.
+
+  References:
+    Dettmers and Zettlemoyer, `Sparse Networks from Scratch: Faster Training without Losing
+    Performance <https://arxiv.org/abs/1907.04840>`_, 2019
+  """
+  return dynamic_sparse_training(
+    inner,
+    sparsity=sparsity,
+    grow=criteria.momentum,
+    fraction=fraction,
+    every=every,
+    begin=every,
+    end=end,
+    allocation=allocation,
+    masks=masks,
+    after_step=True,
+    moments="kept",
+    redistribute=criteria.mean_momentum if redistribute else None,
+    prunable=prunable,
+    key=key,
+  )
+
+
+def static_sparse_training(
+  inner: optax.GradientTransformation,
+  *,
+  sparsity: float | jax.Array | PyTree,
+  allocation: Allocation = "erk",
+  prunable: Prunable = is_kernel,
+  key: jax.Array | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Trains under masks drawn at random that never change, the baseline of dynamic ones.
+
+  Args:
+    inner: the optimizer.
+    sparsity: as in `sparsejax.dynamic_sparse_training`.
+    allocation: how the sparsity is shared out among layers.
+    prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
+    key: a random key, for the masks.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`; see `sparsejax.masked_updates`. For masks of one's
+    own there is `sparsejax.fixed_masks`.
+
+  Raises:
+    ValueError: as `sparsejax.dynamic_sparse_training` does.
+  """
+  sparsity = arguments.check_sparsity("sparsity", sparsity)
+  return transform.masked_updates(
+    lambda call: call.masks,
+    due=lambda count: False,
+    inner=inner,
+    initial_masks=_initial_masks(sparsity, None, allocation, key),
+    prunable=prunable,
+    key=key,
+  )
+
+
+def _check_start(
+  sparsity: PyTree, masks: PyTree | None, ramp: optax.Schedule | None, initial: float
+) -> tuple[PyTree, PyTree]:
+  """Checks what says how sparse training starts and ends; returns the sparsity of both."""
+  initial = arguments.check_sparsity("initial", initial)
+  if not isinstance(initial, float):
+    raise ValueError(f"initial must be a Python number, got {initial!r}.")
+  if sparsity is None and (masks is None or ramp is not None):
+    raise ValueError("sparsity=None is that of the masks: pass `masks`, and no ramp.")
+  if sparsity is not None:
+    sparsity = arguments.check_sparsity("sparsity", sparsity)
+  if ramp is None:
+    if initial:
+      raise ValueError(f"initial={initial} is the start of a ramp, but there is none.")
+    if masks is not None and sparsity is not None:
+      raise ValueError("masks have a sparsity of their own: pass sparsity=None with them.")
+    return sparsity, sparsity
+  if isinstance(sparsity, float) and initial > sparsity:
+    raise ValueError(f"initial must not exceed the sparsity, got {initial} and {sparsity}.")
+  return initial, sparsity
+
+
+def _initial_masks(
+  sparsity: PyTree, masks: PyTree | None, allocation: Allocation, key: jax.Array | None
+) -> Callable[[PyTree, PyTree], PyTree]:
+  """The masks that training starts with, as `transform.masked_updates` takes them."""
+  is_given, is_dense = masks is not None, isinstance(sparsity, float) and sparsity == 0
+  # Weights of given sparsities per leaf are drawn too: an allocation has nothing to do there.
+  is_scalar = jax.tree_util.treedef_is_leaf(jax.tree.structure(sparsity))
+  by_magnitude = is_scalar and allocation_lib.resolve(allocation) is None
+  if is_given:
+    masks_lib.check_boolean(masks)
+  elif key is None and not (is_dense or by_magnitude):
+    raise ValueError(
+      "the weights that are active at the start are drawn at random: pass key=jax.random.key(seed),"
+      " or masks."
+    )
+
+  def initial_masks(params, pool):
+    if is_given:
+      masks_lib.check_same_structure(masks, params, "the masks", "the parameters")
+      return masks_lib.pick(pool, masks, "the parameters", "the masks")
+    if is_dense:
+      return masks_lib.all_true(pool)
+    allocation_lib.check_leaves(sparsity, params, pool)
+    if by_magnitude:
+      scores = jax.tree.map(jnp.abs, pool)
+    else:
+      # No call has this number, by which keys are folded too.
+      start_key = jax.random.fold_in(key, np.uint32(2**32 - 1))
+      leaves, treedef = jax.tree.flatten(pool)
+      scores = jax.tree.unflatten(
+        treedef,
+        [
+          jax.random.uniform(jax.random.fold_in(start_key, i), w.shape)
+          for i, w in enumerate(leaves)
+        ],
+      )
+    return allocation_lib.masks_from_scores(
+      scores, sparsity, allocation=allocation, prunable=lambda path, leaf: True
+    )
+
+  return initial_masks
+
+
+def _ramped(sparsity: PyTree, initial: float, ramp: optax.Schedule) -> rules.Goal:
+  """How many weights are pruned along a ramp, exactly the final number at its end."""
+
+  def goal(count, pool, count_pruned):
+    final, way = allocation_lib.for_leaves(sparsity, pool), jnp.float32(ramp(count))
+    on_the_way = jax.tree.map(lambda s: initial + (s - initial) * way, final)
+    return counts.where(
+      way >= 1, counts.from_ints(count_pruned(final)), counts.from_ints(count_pruned(on_the_way))
+    )
+
+  return goal
+
+
+def _schedule(fraction: float | optax.Schedule) -> optax.Schedule:
+  if callable(fraction):
+    return fraction
+  is_number = isinstance(fraction, numbers.Real) and not isinstance(fraction, bool)
+  if not is_number or not 0 <= fraction <= 1:
+    raise ValueError(
+      f"fraction is of the active weights and must be in [0, 1], or a schedule, got {fraction!r}."
+    )
+  return optax.constant_schedule(float(fraction))

@@ -1,0 +1,93 @@
+"""The state of a pruning transformation, and the masks in the state of any optimizer around it."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax import masks as masks_lib
+from sparsejax.masks import PyTree
+
+
+class MaskedUpdatesState(NamedTuple):
+  """State of `masked_updates`, and so of every pruning transformation.
+
+  Attributes:
+    count: number of calls of `update` so far.  # shape=(), dtype=jnp.int32
+    masks: a boolean tree with the structure of the parameters, True where a weight is active, with
+      `optax.MaskedNode()` in place of leaves that are never pruned.
+    key: the random key, or None.
+    inner: the state of the optimizer that is wrapped, or None.
+    statistics: what the rule keeps from call to call, or None.
+  """
+
+  count: jax.Array
+  masks: PyTree
+  key: jax.Array | None = None
+  inner: PyTree = None
+  statistics: PyTree = None
+
+
+def get_masks(opt_state: PyTree, params: PyTree) -> PyTree:
+  """Finds the masks in an optimizer state.
+
+  Args:
+    opt_state: any optimizer state that contains that of a pruning transformation, however deep.
+    params: the parameters that the optimizer was initialised with (their shapes suffice); with
+      Flax NNX, `nnx.state(model, nnx.Param)`.
+
+  Returns:
+    A full boolean tree with the structure of the parameters: True where a weight is active and in
+    leaves that are never pruned. The masks of several transformations are and-ed.
+
+  Raises:
+    ValueError: if there are no masks in the state, or none that fit the parameters.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, sparsejax
+    >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    >>> tx = optax.chain(optax.adam(1e-3), sparsejax.one_shot_pruning(0.5, at=10))
+    >>> sparsejax.get_masks(tx.init(params), params)["bias"]
+    Array([ True,  True], dtype=bool)
+  """
+  states = list(_states(opt_state))
+  if not states:
+    raise ValueError(
+      "there are no masks in this optimizer state: chain a transformation of sparsejax, such as"
+      " progressive_pruning, after the optimizer."
+    )
+  found = {}
+  for state in states:
+    for path, mask in jax.tree_util.tree_leaves_with_path(state.masks):
+      found.setdefault(masks_lib.strip_value(path), []).append(mask)
+
+  def full_mask(path, leaf):
+    mask = jnp.ones_like(leaf, dtype=bool)
+    for other in found.get(masks_lib.strip_value(path), ()):
+      mask &= other
+    return mask
+
+  shapes = masks_lib.leaves_by_name(params)
+  for path, masks in found.items():
+    name = masks_lib.path_name(path)
+    for mask in masks:
+      masks_lib.check_same_shapes(
+        {name: mask},
+        {name: shapes[name]} if name in shapes else {},
+        "the masks",
+        "the parameters",
+      )
+
+  return jax.tree_util.tree_map_with_path(full_mask, params)
+
+
+def _states(opt_state: PyTree) -> Iterator[MaskedUpdatesState]:
+  for leaf in jax.tree.leaves(opt_state, is_leaf=_is_state):
+    if _is_state(leaf):
+      yield leaf
+      yield from _states(leaf.inner)
+
+
+def _is_state(x: Any) -> bool:
+  return isinstance(x, MaskedUpdatesState)
