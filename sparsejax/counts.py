@@ -50,7 +50,7 @@ class Count:
 
   def to_float(self) -> jax.Array:
     """The nearest float32, or one beside it."""
-    return self.high.astype(jnp.float32) * _WORD + self.low.astype(jnp.float32)
+    return self.high.astype(jnp.float32) * float(_WORD) + self.low.astype(jnp.float32)
 
   def halved(self) -> Count:
     return Count(self.high >> 1, (self.high << 31) | (self.low >> 1))

@@ -42,19 +42,18 @@ def from_criteria(*stages: Stage, **scorers: Score | Criterion) -> Rule:
     return Rule(stages)
 
   def updated(call, function):
-    return {
-      name: [
-        function(criterion, leaf, statistics)
-        for leaf, statistics in zip(_leaves(call), call.statistics[name])
-      ]
-      for name, criterion in running.items()
-    }
+    leaves, treedef = _leaves(call), jax.tree.structure(call.params)
+    found = {}
+    for name, criterion in running.items():
+      statistics = treedef.flatten_up_to(call.statistics[name])
+      new = [function(criterion, leaf, old) for leaf, old in zip(leaves, statistics)]
+      found[name] = jax.tree.unflatten(treedef, new)
+    return found
 
   return Rule(
     stages,
     init=lambda pool: {
-      name: [criterion.init(weight) for weight in jax.tree.leaves(pool)]
-      for name, criterion in running.items()
+      name: jax.tree.map(criterion.init, pool) for name, criterion in running.items()
     },
     observe=lambda call: updated(call, lambda c, leaf, old: c.update(leaf, old)),
     forget=lambda call: updated(
@@ -235,10 +234,12 @@ def _scores(
 ) -> list[jax.Array]:
   """The scores of all prunable leaves; the role is the criterion's name in `from_criteria`."""
   found = []
-  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(call.params)]
-  for i, (path, leaf) in enumerate(zip(paths, _leaves(call, number))):
+  paths, treedef = jax.tree_util.tree_flatten_with_path(call.params)
+  if isinstance(criterion, Criterion):
+    statistics = treedef.flatten_up_to(call.statistics[role])
+  for i, ((path, _), leaf) in enumerate(zip(paths, _leaves(call, number))):
     if isinstance(criterion, Criterion):
-      score = jnp.asarray(criterion.score(leaf, call.statistics[role][i]))
+      score = jnp.asarray(criterion.score(leaf, statistics[i]))
     else:
       score = jnp.asarray(criterion(leaf))
     if score.shape != leaf.weight.shape or score.dtype not in selection.FLOATS:

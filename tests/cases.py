@@ -61,6 +61,17 @@ def prunes_of_pool(sparsity):
   return check
 
 
+def prunes_in_all(densities):
+  """As many as these densities prune layer by layer, but in whichever layers."""
+
+  def check(masks):
+    layers = zip(masks.values(), densities([m.shape for m in masks.values()], 1 - SPARSITY))
+    expected = sum(pruned_count(1 - density, mask.size) for mask, density in layers)
+    assert sum(int((~mask).sum()) for mask in masks.values()) == expected
+
+  return check
+
+
 def prunes_of_each(sparsities):
   def check(masks):
     for name, mask in masks.items():
@@ -109,22 +120,25 @@ class Case(NamedTuple):
     link: the function that builds the transformation.
     arguments: its keyword arguments, given the parameters.
     check: asserts that the masks of the kernels, by name, are right after `CALLS` calls.
+    wraps: whether it wraps the optimizer; that is its argument `inner` then.
   """
 
   name: str
   link: Callable[..., optax.GradientTransformationExtraArgs]
   arguments: Callable[[Any], dict[str, Any]]
   check: Callable[[dict[str, np.ndarray]], None]
+  wraps: bool = False
 
   def build(self, params, **changes):
-    """The link for these parameters, with some of its arguments changed."""
+    """The link for these parameters, with some of its arguments changed; a wrapper of nothing."""
     return self.link(**(self.arguments(params) | changes))
 
-  def optimizer(self, params, **changes):
-    """The link after what would revive weights: momentum and weight decay."""
-    return optax.chain(
-      optax.add_decayed_weights(1e-2), optax.sgd(0.1, momentum=0.9), self.build(params, **changes)
-    )
+  def optimizer(self, params, sgd=optax.sgd(0.1, momentum=0.9), **changes):
+    """With what would revive weights, momentum and weight decay, before or in it."""
+    step = optax.chain(optax.add_decayed_weights(1e-2), sgd)
+    if self.wraps:
+      return self.build(params, inner=step, **changes)
+    return optax.chain(step, self.build(params, **changes))
 
 
 def _progressive(name, check, sparsity=lambda params: SPARSITY, **arguments):
@@ -148,7 +162,16 @@ def _erk(shapes, density):
 _RANDOM = dict(criterion=sparsejax.criteria.random, key=jax.random.key(3))
 _CUBIC = optax.polynomial_schedule(0.0, SPARSITY, 3, transition_steps=9)
 
-CASES = (
+
+_STARTED_AT_RANDOM = dict(inner=optax.identity(), sparsity=SPARSITY, key=jax.random.key(5))
+
+
+def _dynamic(name, link, check, **arguments):
+  arguments = _STARTED_AT_RANDOM | dict(every=3) | arguments
+  return Case(name, link, lambda params: dict(arguments), check, wraps=True)
+
+
+LINKS = (
   _progressive("progressive", prunes_of_pool(SPARSITY)),
   _progressive("erk", prunes_by_densities(_erk), allocation="erk"),
   _progressive("per_leaf", prunes_of_each(EACH_SPARSITY), _each_sparsity),
@@ -173,7 +196,31 @@ CASES = (
   ),
 )
 
+WRAPPERS = (
+  _dynamic(
+    "dynamic",
+    sparsejax.dynamic_sparse_training,
+    prunes_by_densities(_erk),
+    fraction=optax.cosine_decay_schedule(0.5, CALLS),
+    drop=sparsejax.criteria.running_snip(0.5),
+  ),
+  _dynamic(
+    "granet", sparsejax.granet, prunes_of_pool(SPARSITY), initial=0.3, steps=8, fraction=0.4
+  ),
+  _dynamic("rigl", sparsejax.rigl, prunes_by_densities(_erk), end=10),
+  _dynamic("set", sparsejax.sparse_evolutionary_training, prunes_by_densities(_er)),
+)
+CASES = LINKS + WRAPPERS
+
 VARIANTS = (
+  _dynamic("snfs", sparsejax.snfs, prunes_in_all(reference.uniform_densities), fraction=0.4),
+  Case(
+    "static",
+    sparsejax.static_sparse_training,
+    lambda params: dict(_STARTED_AT_RANDOM),
+    prunes_by_densities(_erk),
+    wraps=True,
+  ),
   _progressive("uniform", prunes_by_densities(reference.uniform_densities), allocation="uniform"),
   _progressive("er", prunes_by_densities(_er), allocation="er"),
 )
