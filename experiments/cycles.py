@@ -179,7 +179,7 @@ def _describe_epoch(
     watched = held_out
   else:  # A few images may have the same output by chance.
     train = trainer.train
-    first = train._replace(pixels=train.pixels[:1000], labels=train.labels[:1000])
+    first = train._replace(index=train.index[:1000], labels=train.labels[:1000])
     watched = trainer.validate(state, first)
   line = {
     "epoch": epoch,

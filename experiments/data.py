@@ -25,15 +25,15 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
 
   The digits come with scikit-learn. The others are taken from the first of these that exists:
 
-  1. the publishers' own files (MNIST as idx, gzipped or not; CIFAR-10 in its binary version);
+  1. the publishers' own files, gzipped or not (CIFAR-10 and CIFAR-100 in their binary versions);
   2. a prepared TFDS data set in ArrayRecord format, which is read without TensorFlow;
   3. a download through TFDS, which is kept as such a prepared data set.
 
-  Images keep the publishers' order in all cases but one: an MNIST that TFDS itself has prepared
-  is in the order of TFDS, which shuffles and keeps no index.
+  Images keep the publishers' order in all cases but one: an MNIST or Fashion-MNIST that TFDS itself
+  has prepared is in the order of TFDS, which shuffles and keeps no index.
 
   Args:
-    name: "digits", "mnist" or "cifar10".
+    name: "digits", "mnist", "fashion_mnist", "cifar10" or "cifar100".
     data_dir: the only directory to look in and to download to. By default those named by the
       environment variables SPARSEJAX_DATA and TFDS_DATA_DIR, the latter with TFDS's own default
       of ~/tensorflow_datasets.
@@ -66,14 +66,14 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
   for root in roots:
     if (directory := _find_prepared(name, root)) is not None:
       return _read_prepared(name, directory)
-  files, url = published.PUBLISHED[name].files, published.PUBLISHED[name].urls[0]
+  url = published.PUBLISHED[name].urls[0]
   if _answers(url):
     return prepare.download(name, roots[-1])
   raise DataNotFound(
     f"The data set {name!r} is not in {' or '.join(map(str, roots))}. "
     "There are three ways to provide it:\n"
-    f"  1. put the publishers' files ({', '.join(files)}) into a directory and "
-    "name it with data_dir or the environment variable SPARSEJAX_DATA;\n"
+    f"  1. put the publishers' files ({published.describe_files(name, 'DIR')}) and name DIR with "
+    "data_dir or the environment variable SPARSEJAX_DATA;\n"
     "  2. name with data_dir or TFDS_DATA_DIR the directory of a TFDS data set prepared in "
     f"ArrayRecord format (`python -m experiments.prepare {name} SOURCE TARGET` writes one);\n"
     f"  3. run where TFDS can download it: {url} did not answer within {_PROBE_SECONDS} s."
@@ -148,7 +148,7 @@ def _read_prepared(name: str, directory: pathlib.Path) -> Dataset:
     except RuntimeError as error:
       raise ValueError(f"{files} is incomplete or corrupt: {error}") from error
     if "id" in examples[0]:
-      examples.sort(key=lambda e: e["id"])  # CIFAR-10's original order.
+      examples.sort(key=lambda e: e["id"])  # CIFAR's original order.
     images = np.stack([np.asarray(Image.open(io.BytesIO(e["image"]))) for e in examples])
     if images.ndim == 3:
       images = images[..., None]  # A grey image decodes to two axes.

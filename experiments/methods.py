@@ -13,6 +13,12 @@ from experiments.recipe import Recipe
 from sparsejax import foresight, lottery
 from sparsejax.lottery import Round, Ticket
 
+_DYNAMIC = {
+  "rigl": sparsejax.rigl,
+  "set": sparsejax.sparse_evolutionary_training,
+  "snfs": sparsejax.snfs,
+}
+
 PyTree = Any
 Variables = dict[str, PyTree]
 
@@ -21,17 +27,18 @@ _GRASP_TEMPERATURE = 200
 
 
 def make_optimizer(
-  recipe: Recipe, steps_per_epoch: int, masks: PyTree | None = None
+  recipe: Recipe, steps_per_epoch: int, key: jax.Array, masks: PyTree | None = None
 ) -> optax.GradientTransformation:
-  """SGD as published, and the pruning after it.
+  """SGD as published, and the pruning after it or around it.
 
   Args:
     recipe: whose.
     steps_per_epoch: number of optimizer steps.
-    masks: those that its state starts with, where they do not change during training. Its `update`
-      does not depend on them.
+    key: for what is drawn at random: the weights that are active at the start, or grow.
+    masks: those that its state starts with, where they are made before training and do not change
+      during it. Its `update` does not depend on them.
   """
-  links = [
+  sgd = optax.chain(
     optax.clip_by_global_norm(recipe.clip_norm) if recipe.clip_norm else optax.identity(),
     optax.add_decayed_weights(recipe.weight_decay),
     optax.sgd(
@@ -39,16 +46,21 @@ def make_optimizer(
       momentum=recipe.momentum,
       nesterov=recipe.nesterov,
     ),
-  ]
+  )
   if has_fixed_masks(recipe):
-    links.append(sparsejax.fixed_masks(masks))
-  elif recipe.sparsity:
-    links.append(make_pruning(recipe, steps_per_epoch))
-  return optax.chain(*links)
+    return optax.chain(sgd, sparsejax.fixed_masks(masks))
+  if recipe.dynamic.method != "none":
+    return make_dynamic(recipe, sgd, steps_per_epoch, key)
+  if recipe.sparsity:
+    return optax.chain(sgd, make_pruning(recipe, steps_per_epoch))
+  return sgd
 
 
 def make_learning_rate(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
-  """A cosine that changes from epoch to epoch; it may rise again, or start anew."""
+  """Steps down, or a cosine that changes from epoch to epoch, may rise again, or start anew."""
+  if recipe.milestones:
+    steps = {round(m * steps_per_epoch): recipe.milestone_factor for m in recipe.milestones}
+    return optax.piecewise_constant_schedule(recipe.learning_rate, steps)
   floor = recipe.final_learning_rate / recipe.learning_rate if recipe.learning_rate else 0.0
 
   def cosine_over(epochs):
@@ -60,6 +72,47 @@ def make_learning_rate(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
   if restart := recipe.restart_epoch:
     by_epoch = optax.join_schedules([by_epoch, cosine_over(recipe.epochs - restart)], [restart])
   return lambda count: by_epoch(count // steps_per_epoch)
+
+
+def make_dynamic(
+  recipe: Recipe, sgd: optax.GradientTransformation, steps_per_epoch: int, key: jax.Array
+) -> optax.GradientTransformationExtraArgs:
+  """The recipe's sparse training around its SGD."""
+  dynamic = recipe.dynamic
+  every = dynamic.every or steps_per_epoch
+  total = recipe.epochs * steps_per_epoch
+  end = round(dynamic.stop * total)
+  start = dict(sparsity=recipe.sparsity, allocation=dynamic.allocation, key=key)
+  if dynamic.method == "static":
+    return sparsejax.static_sparse_training(sgd, **start)
+  floor = dynamic.last_fraction / dynamic.fraction if dynamic.fraction else 0.0
+  fraction = optax.cosine_decay_schedule(dynamic.fraction, end, floor)
+  # The last step changes no masks: what would grow could not learn any more.
+  when = dict(every=every, end=min(end, total - 1), fraction=fraction)
+  if dynamic.method == "granet":
+    return sparsejax.granet(
+      sgd,
+      initial=recipe.initial_sparsity,
+      begin=recipe.prune_begin * steps_per_epoch,
+      steps=recipe.prune_epochs * steps_per_epoch,
+      **when,
+      **start,
+    )
+  if dynamic.method in _DYNAMIC:
+    return _DYNAMIC[dynamic.method](sgd, **when, **start)
+  # As in Fantastic Weights: what needs the gradient is decided where it was taken, before the step;
+  # and the optimizer goes on with the momentum of all weights.
+  by_weight = dynamic.drop in ("magnitude", "each_sign", "random")
+  return sparsejax.dynamic_sparse_training(
+    sgd,
+    drop=dynamic.drop,
+    grow=dynamic.grow,
+    begin=every if by_weight else every - 1,
+    after_step=by_weight,
+    moments="kept",
+    **when,
+    **start,
+  )
 
 
 def make_pruning(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
@@ -87,7 +140,7 @@ def has_fixed_masks(recipe: Recipe) -> bool:
 
 def get_masks(recipe: Recipe, opt_state: PyTree, params: PyTree) -> PyTree:
   """The masks of a run; of a dense one, True everywhere."""
-  if recipe.sparsity or has_fixed_masks(recipe):
+  if recipe.sparsity or has_fixed_masks(recipe) or recipe.dynamic.method != "none":
     return sparsejax.get_masks(opt_state, params)
   return full_masks(params)
 

@@ -1,4 +1,4 @@
-"""Writes MNIST or CIFAR-10 as a TFDS data set in ArrayRecord format.
+"""Writes a data set from its publishers' files as a TFDS data set in ArrayRecord format.
 
     python -m experiments.prepare mnist SOURCE TARGET
 
@@ -33,12 +33,45 @@ _CIFAR10_CLASSES = (
   "truck",
 )
 
+# Superclasses and their classes: labels of both follow the alphabet, each for itself.
+_CIFAR100_CLASSES = {
+  "aquatic_mammals": ("beaver", "dolphin", "otter", "seal", "whale"),
+  "fish": ("aquarium_fish", "flatfish", "ray", "shark", "trout"),
+  "flowers": ("orchid", "poppy", "rose", "sunflower", "tulip"),
+  "food_containers": ("bottle", "bowl", "can", "cup", "plate"),
+  "fruit_and_vegetables": ("apple", "mushroom", "orange", "pear", "sweet_pepper"),
+  "household_electrical_devices": ("clock", "keyboard", "lamp", "telephone", "television"),
+  "household_furniture": ("bed", "chair", "couch", "table", "wardrobe"),
+  "insects": ("bee", "beetle", "butterfly", "caterpillar", "cockroach"),
+  "large_carnivores": ("bear", "leopard", "lion", "tiger", "wolf"),
+  "large_man-made_outdoor_things": ("bridge", "castle", "house", "road", "skyscraper"),
+  "large_natural_outdoor_scenes": ("cloud", "forest", "mountain", "plain", "sea"),
+  "large_omnivores_and_herbivores": ("camel", "cattle", "chimpanzee", "elephant", "kangaroo"),
+  "medium_mammals": ("fox", "porcupine", "possum", "raccoon", "skunk"),
+  "non-insect_invertebrates": ("crab", "lobster", "snail", "spider", "worm"),
+  "people": ("baby", "boy", "girl", "man", "woman"),
+  "reptiles": ("crocodile", "dinosaur", "lizard", "snake", "turtle"),
+  "small_mammals": ("hamster", "mouse", "rabbit", "shrew", "squirrel"),
+  "trees": ("maple_tree", "oak_tree", "palm_tree", "pine_tree", "willow_tree"),
+  "vehicles_1": ("bicycle", "bus", "motorcycle", "pickup_truck", "train"),
+  "vehicles_2": ("lawn_mower", "rocket", "streetcar", "tank", "tractor"),
+}
+_SUPERCLASSES = {
+  name: superclass for superclass, names in _CIFAR100_CLASSES.items() for name in names
+}
+
+# What TFDS does not know before it has read the publishers' files.
+_NAMES = {
+  "cifar10": {"label": _CIFAR10_CLASSES},
+  "cifar100": {"label": sorted(_SUPERCLASSES), "coarse_label": list(_CIFAR100_CLASSES)},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Writes MNIST or CIFAR-10 as a TFDS data set that is read without TensorFlow."""
+  """Writes a data set from its publishers' files as one of TFDS, read without TensorFlow."""
 
-  name: tyro.conf.Positional[Literal["mnist", "cifar10"]]
+  name: tyro.conf.Positional[Literal[tuple(published.PUBLISHED)]]
   """Which data set."""
   source: Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="SOURCE")]
   """The directory with the publishers' files."""
@@ -52,7 +85,7 @@ def write(dataset: published.Dataset, target: pathlib.Path) -> pathlib.Path:
   Images keep their order. The data set appears under its name when it is complete, or not at all.
 
   Args:
-    dataset: MNIST or CIFAR-10.
+    dataset: any but the digits, which TFDS has not.
     target: the directory for TFDS data sets, made if absent.
 
   Returns:
@@ -68,8 +101,10 @@ def write(dataset: published.Dataset, target: pathlib.Path) -> pathlib.Path:
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
       # TFDS needs TensorFlow to encode an array, but takes an image of Pillow as it is.
       example = {"image": Image.fromarray(image.squeeze()), "label": int(label)}
-      if dataset.name == "cifar10":
+      if "id" in features:
         example["id"] = f"{split}_{i:05d}"
+      if "coarse_label" in features:
+        example["coarse_label"] = _SUPERCLASSES[features["label"].names[label]]
       yield example
 
   target.mkdir(parents=True, exist_ok=True)
@@ -82,8 +117,9 @@ def write(dataset: published.Dataset, target: pathlib.Path) -> pathlib.Path:
         f"{destination} exists already and is not overwritten: remove it, or choose another target."
       )
     written.mkdir(parents=True)
-    if dataset.name == "cifar10":
-      builder.info.features["label"].names = _CIFAR10_CLASSES
+    features = builder.info.features
+    for feature, names in _NAMES.get(dataset.name, {}).items():
+      features[feature].names = names
     builder.info.set_file_format("array_record", override=True)
     # One shard a split, as TFDS has it for data of this size, and in order.
     writer = tfds.core.SequentialWriter(
@@ -108,7 +144,7 @@ def download(name: str, target: pathlib.Path) -> published.Dataset:
   TFDS's own preparation reads these files with TensorFlow; its downloader does without.
 
   Args:
-    name: "mnist" or "cifar10".
+    name: a key of `published.PUBLISHED`.
     target: the directory for TFDS data sets; the files themselves stay in its folder "downloads".
 
   Returns:
@@ -123,14 +159,16 @@ def download(name: str, target: pathlib.Path) -> published.Dataset:
     dataset_name=name,
   )
   with tempfile.TemporaryDirectory() as scratch:
+    folder = pathlib.Path(scratch, published.PUBLISHED[name].folders[0])
+    folder.mkdir(exist_ok=True)
     for url in published.PUBLISHED[name].urls:
       path = manager.download(url)
       file = pathlib.PurePosixPath(parse.urlsplit(url).path).name
       if file.endswith(".tar.gz"):
         with tarfile.open(path) as archive:
-          archive.extractall(scratch, filter="data")
+          archive.extractall(folder, filter="data")
       else:  # TFDS has changed its name.
-        shutil.copyfile(path, pathlib.Path(scratch, file))
+        shutil.copyfile(path, folder / file)
     dataset = published.read_files(name, published.find_files(name, pathlib.Path(scratch)))
   write(dataset, target)
   return dataset
@@ -142,7 +180,7 @@ def main(args: Sequence[str] | None = None) -> None:
   try:
     directory = published.find_files(options.name, options.source)
     if directory is None:
-      files = ", ".join(published.PUBLISHED[options.name].files)
+      files = published.describe_files(options.name, options.source)
       raise published.DataNotFound(f"{options.source} holds no file of {options.name!r} ({files}).")
     dataset = published.read_files(options.name, directory)
     destination = write(dataset, options.target)

@@ -1,4 +1,4 @@
-"""The publishers' own files of MNIST and CIFAR-10: what they are, and how to read them."""
+"""The publishers' own files of image data sets: what they are, and how to read them."""
 
 import dataclasses
 import gzip
@@ -19,7 +19,7 @@ class Dataset:
   """A labelled image data set in memory.
 
   Attributes:
-    name: "digits", "mnist" or "cifar10".
+    name: "digits", or a key of `PUBLISHED`.
     train_images: uint8, (count, height, width, channels).
     train_labels: int32, (count,), in [0, classes).
     test_images: as `train_images`.
@@ -48,9 +48,12 @@ class _Published(NamedTuple):
   image_shape: tuple[int, int, int]
   mean: tuple[float, ...]
   std: tuple[float, ...]
+  classes: int = 10
+  records: tuple[int, ...] = ()  # In each of CIFAR's files, the test set's last; idx needs none.
+  label_bytes: int = 1  # In front of each record's image; the last is the class.
 
 
-_MNIST_FILES = (
+_IDX_FILES = (
   "train-images-idx3-ubyte",
   "train-labels-idx1-ubyte",
   "t10k-images-idx3-ubyte",
@@ -59,14 +62,24 @@ _MNIST_FILES = (
 
 PUBLISHED = {
   "mnist": _Published(
-    files=_MNIST_FILES,
+    files=_IDX_FILES,
     folders=("", "mnist", "MNIST/raw"),  # The last is torchvision's.
     urls=tuple(
-      f"https://storage.googleapis.com/cvdf-datasets/mnist/{file}.gz" for file in _MNIST_FILES
+      f"https://storage.googleapis.com/cvdf-datasets/mnist/{file}.gz" for file in _IDX_FILES
     ),
     image_shape=(28, 28, 1),
     mean=(0.1307,),
     std=(0.3081,),
+  ),
+  "fashion_mnist": _Published(
+    files=_IDX_FILES,
+    folders=("fashion_mnist", "FashionMNIST/raw"),  # Only a folder tells these files from MNIST's.
+    urls=tuple(
+      f"http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/{file}.gz" for file in _IDX_FILES
+    ),
+    image_shape=(28, 28, 1),
+    mean=(0.2860,),
+    std=(0.3530,),
   ),
   "cifar10": _Published(
     files=(*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"),
@@ -75,10 +88,20 @@ PUBLISHED = {
     image_shape=(32, 32, 3),
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2470, 0.2435, 0.2616),
+    records=6 * (10_000,),
+  ),
+  "cifar100": _Published(
+    files=("train.bin", "test.bin"),
+    folders=("", "cifar100", "cifar-100-binary", "cifar100/cifar-100-binary"),
+    urls=("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",),
+    image_shape=(32, 32, 3),
+    mean=(0.5071, 0.4865, 0.4409),
+    std=(0.2673, 0.2564, 0.2762),
+    classes=100,
+    records=(50_000, 10_000),
+    label_bytes=2,  # The superclass, of 20, and the class.
   ),
 }
-
-_CIFAR10_IMAGES_PER_FILE = 10_000
 
 
 def find_files(name: str, root: pathlib.Path) -> pathlib.Path | None:
@@ -89,11 +112,17 @@ def find_files(name: str, root: pathlib.Path) -> pathlib.Path | None:
   return None
 
 
+def describe_files(name: str, root: str | pathlib.Path) -> str:
+  """Says in words which files `find_files` looks for, and where at or below `root`."""
+  places = " or ".join(str(pathlib.Path(root, folder)) for folder in PUBLISHED[name].folders)
+  return f"{', '.join(PUBLISHED[name].files)} in {places}"
+
+
 def read_files(name: str, directory: pathlib.Path) -> Dataset:
   """Reads the publishers' files of a data set, all of them or none.
 
   Args:
-    name: "mnist" or "cifar10".
+    name: a key of `PUBLISHED`.
     directory: where the files lie, as `find_files` returns it.
 
   Returns:
@@ -109,11 +138,12 @@ def read_files(name: str, directory: pathlib.Path) -> Dataset:
       f"{directory} holds {name!r} only in part: {', '.join(missing)} (or .gz) missing."
     )
   paths = list(files.values())
-  if name == "mnist":
-    return make_dataset(name, _read_idx_pair(*paths[:2]), _read_idx_pair(*paths[2:]))
-  batches = [_read_cifar10_batch(path) for path in paths]
-  train = tuple(np.concatenate(arrays) for arrays in zip(*batches[:-1], strict=True))
-  return make_dataset(name, train, batches[-1])
+  if counts := PUBLISHED[name].records:
+    parts = [_read_records(name, path, count) for path, count in zip(paths, counts, strict=True)]
+  else:
+    parts = [_read_idx_pair(name, *pair) for pair in (paths[:2], paths[2:])]
+  train = tuple(np.concatenate(arrays) for arrays in zip(*parts[:-1], strict=True))
+  return make_dataset(name, train, parts[-1])
 
 
 def make_dataset(name, train, test) -> Dataset:
@@ -126,6 +156,7 @@ def make_dataset(name, train, test) -> Dataset:
     test_labels=test_labels,
     mean=PUBLISHED[name].mean,
     std=PUBLISHED[name].std,
+    classes=PUBLISHED[name].classes,
   )
 
 
@@ -162,7 +193,7 @@ def _read_idx(path: pathlib.Path, rank: int) -> np.ndarray:
   return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def _read_idx_pair(images_path, labels_path) -> tuple[np.ndarray, np.ndarray]:
+def _read_idx_pair(name, images_path, labels_path) -> tuple[np.ndarray, np.ndarray]:
   images = _read_idx(images_path, rank=3)[..., None]
   labels = _read_idx(labels_path, rank=1)
   if len(images) != len(labels):
@@ -170,22 +201,23 @@ def _read_idx_pair(images_path, labels_path) -> tuple[np.ndarray, np.ndarray]:
       f"{images_path} and {labels_path} do not belong together: {len(images)} images but "
       f"{len(labels)} labels."
     )
-  return checked("mnist", images, labels, images_path, labels_path)
+  return checked(name, images, labels, images_path, labels_path)
 
 
-def _read_cifar10_batch(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-  """Reads records of one byte of label and 3072 of image: a red, a green and a blue plane."""
+def _read_records(name, path: pathlib.Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+  """Reads records of labels, a byte each, and an image: a red, a green and a blue plane."""
   content = _read_bytes(path)
-  height, width, channels = shape = PUBLISHED["cifar10"].image_shape
-  size = _CIFAR10_IMAGES_PER_FILE * (1 + math.prod(shape))
+  height, width, channels = shape = PUBLISHED[name].image_shape
+  label_bytes = PUBLISHED[name].label_bytes
+  size = count * (label_bytes + math.prod(shape))
   if len(content) != size:
     raise ValueError(
-      f"{path} is truncated or corrupt: {len(content)} bytes where "
-      f"{_CIFAR10_IMAGES_PER_FILE} images take {size}."
+      f"{path} is truncated or corrupt: {len(content)} bytes where {count} images take {size}."
     )
-  records = np.frombuffer(content, np.uint8).reshape(_CIFAR10_IMAGES_PER_FILE, -1)
-  images = records[:, 1:].reshape(-1, channels, height, width).transpose(0, 2, 3, 1)
-  return checked("cifar10", np.ascontiguousarray(images), records[:, 0], path, path)
+  records = np.frombuffer(content, np.uint8).reshape(count, -1)
+  labels, planes = records[:, label_bytes - 1], records[:, label_bytes:]
+  images = planes.reshape(-1, channels, height, width).transpose(0, 2, 3, 1)
+  return checked(name, np.ascontiguousarray(images), labels, path, path)
 
 
 def checked(name, images, labels, images_source, labels_source):
@@ -195,8 +227,10 @@ def checked(name, images, labels, images_source, labels_source):
       f"{images_source} is not {name!r}: its images have the shape {images.shape[1:]} instead of "
       f"{PUBLISHED[name].image_shape}."
     )
-  if (wrong := np.flatnonzero((labels < 0) | (labels > 9))).size:
+  last = PUBLISHED[name].classes - 1
+  if (wrong := np.flatnonzero((labels < 0) | (labels > last))).size:
     raise ValueError(
-      f"{labels_source} is corrupt: label {labels[wrong[0]]} of image {wrong[0]} is not in 0..9."
+      f"{labels_source} is corrupt: label {labels[wrong[0]]} of image {wrong[0]} is not in "
+      f"0..{last}."
     )
   return images, labels.astype(np.int32)

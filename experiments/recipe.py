@@ -27,17 +27,53 @@ class Published:
 
 
 @dataclasses.dataclass(frozen=True)
+class Dynamic:
+  """Sparse training whose weights are dropped and grow: see `sparsejax.dynamic`."""
+
+  method: Literal["none", "static", "criteria", "granet", "rigl", "set", "snfs"] = "none"
+  """"criteria" drops and grows by the criteria below, as in Fantastic Weights; the others have
+  theirs. GraNet's sparsity rises along a cubic ramp; the others have the final one throughout."""
+  drop: Literal[
+    "magnitude", "each_sign", "mest", "snip", "sensitivity", "reciprocal_sensitivity", "random"
+  ] = "magnitude"
+  """The score by which weights are dropped."""
+  grow: Literal["gradient", "random", "momentum"] = "gradient"
+  """The score by which weights grow."""
+  fraction: float = 0.5
+  """Of the active weights of each layer, dropped and grown at first; it falls along a cosine."""
+  last_fraction: float = 0.0
+  """At the foot of that cosine."""
+  every: int = 0
+  """Steps from one change of the masks to the next; 0: one epoch."""
+  stop: float = 1.0
+  """The part of the training after which masks do not change any more; the cosine ends there."""
+  allocation: Literal["erk", "er", "uniform"] = "erk"
+  """How the sparsity is shared out among layers at the start."""
+
+  def __post_init__(self):
+    commands.check_fields(
+      self,
+      {
+        "fraction": (0 <= self.fraction <= 1, "in [0, 1]"),
+        "last_fraction": (0 <= self.last_fraction <= self.fraction, "from 0 to the fraction"),
+        "every": (self.every >= 0, "at least 0"),
+        "stop": (0 < self.stop <= 1, "in (0, 1]"),
+      },
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
   """All that decides the outcome of a run, but the seed."""
 
-  data: Literal["digits", "mnist", "cifar10"]
+  data: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100"]
   """Data set."""
   model: Literal[tuple(MODELS)]
   """Network."""
   epochs: int
   """Length of the training."""
   learning_rate: float
-  """At the start; it falls along a cosine, epoch by epoch."""
+  """At the start; it falls along a cosine, epoch by epoch, or in steps."""
   width: float = 1.0
   """Multiplies the number of units of each hidden layer."""
   dtype: Literal["float32", "bfloat16"] = "float32"
@@ -57,6 +93,7 @@ class Recipe:
   keep_weights: bool = False
   """Whether pruned weights keep their values, so that they can return; not with a progressive
   ramp."""
+  dynamic: Dynamic = dataclasses.field(default_factory=Dynamic)
   foresight: Literal["none", "magnitude", "random", "snip", "grasp", "synflow"] = "none"
   """The score by which to prune before training, in place of a ramp."""
   cycles: int = 1
@@ -92,6 +129,10 @@ class Recipe:
   """At the foot of the cosine."""
   half_period: int = 0
   """Epochs to the foot of the cosine, after which it rises again; 0: the whole training."""
+  milestones: tuple[float, ...] = ()
+  """Epochs after which the learning rate falls to a part of it, in place of the cosine."""
+  milestone_factor: float = 0.1
+  """That part."""
   restart_epoch: int = 0
   """The epoch, from 0, at whose start the learning rate begins a second cosine, so that it has
   fallen to the foot twice; 0: none."""
@@ -107,7 +148,7 @@ class Recipe:
   def __post_init__(self):
     # But for a progressive one, a ramp of n epochs changes the masks n + 1 times.
     longest = self.epochs - self.prune_begin - (self.ramp != "progressive")
-    has_ramp = self.sparsity > 0 and self.foresight == "none"
+    has_ramp = self.has_ramp
     commands.check_fields(
       self,
       {
@@ -128,6 +169,16 @@ class Recipe:
           not self.keep_weights or (has_ramp and self.ramp != "progressive"),
           "False but with a linear or a cubic ramp",
         ),
+        "dynamic": (
+          self.dynamic.method == "none" or (self.foresight == "none" and self.cycles == 1),
+          "of method none with pruning before training, or in cycles",
+        ),
+        "milestones": (
+          all(0 < m < self.epochs for m in self.milestones)
+          and list(self.milestones) == sorted(self.milestones),
+          f"in (0, {self.epochs}), in order",
+        ),
+        "milestone_factor": (0 < self.milestone_factor < 1, "in (0, 1)"),
         "foresight": (
           self.foresight == "none" or self.sparsity > 0,
           f"none with a sparsity of {self.sparsity}",
@@ -163,6 +214,13 @@ class Recipe:
     )
 
   @property
+  def has_ramp(self) -> bool:
+    """Whether its sparsity rises during training."""
+    return (
+      self.sparsity > 0 and self.foresight == "none" and self.dynamic.method in ("none", "granet")
+    )
+
+  @property
   def total_epochs(self) -> int:
     """Of all cycles together."""
     return self.epochs_after(self.cycles)
@@ -185,7 +243,9 @@ def smoke(recipe: Recipe) -> Recipe:
     cycles=min(recipe.cycles, 3),
     rewind_epoch=min(recipe.rewind_epoch, 1),
     half_period=min(recipe.half_period, 1),
+    milestones=(1.0,) if recipe.milestones else (),
     restart_epoch=min(recipe.restart_epoch, 1),
+    dynamic=dataclasses.replace(recipe.dynamic, every=3),
     train_images=512,
     # An eighth, so that what is left are full batches.
     validation=0.125 if recipe.validation else 0.0,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import sparsejax
-from experiments.recipe import Recipe
+from experiments.recipe import Dynamic, Recipe
 
 PACKAGES = ("sparsejax", "jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -77,7 +77,7 @@ _DEFAULTS = {
   field.name: field.default
   for field in dataclasses.fields(Recipe)
   if field.default is not dataclasses.MISSING and field.name != "published"
-}
+} | _flatten({"dynamic": dataclasses.asdict(Dynamic())})
 
 
 def make_result(

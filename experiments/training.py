@@ -36,7 +36,8 @@ class Images(NamedTuple):
   Their key is among them, and no constant of what is compiled, which is the same for all seeds.
   """
 
-  pixels: jax.Array  # shape=(count, height, width, channels), dtype=uint8
+  pixels: jax.Array  # of the whole data set: shape=(all, height, width, channels), dtype=uint8
+  index: jax.Array  # where in it the images of this set are: shape=(count,), dtype=int32
   labels: jax.Array  # shape=(count,), dtype=int32
   key: jax.Array  # of their order and augmentation
 
@@ -114,10 +115,12 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
   rest = 0 if recipe.drop_last else rest
   steps = full + (rest > 0)
 
-  def images(pixels, labels, key, index=slice(None)):
-    return Images(jnp.asarray(pixels[index]), jnp.asarray(labels[index], jnp.int32), key)
+  def images(pixels, labels, key, index):
+    labels = jnp.asarray(labels[index], jnp.int32)
+    return Images(pixels, jnp.asarray(index, jnp.int32), labels, key)
 
-  train = images(dataset.train_images, dataset.train_labels, data_key, split[held_out:])
+  train_pixels = jnp.asarray(dataset.train_images)
+  train = images(train_pixels, dataset.train_labels, data_key, split[held_out:])
   model = MODELS[recipe.model](
     classes=dataset.classes, width=recipe.width, dtype=jnp.dtype(recipe.dtype)
   )
@@ -134,26 +137,30 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
 
   abstract_variables = jax.eval_shape(init_variables, init_key)
   abstract_masks = jax.eval_shape(methods.full_masks, abstract_variables["params"])
-  # One and the same in all states, which it is a part of. Masks are none of it.
-  tx = optimizer(abstract_masks)
+  # One and the same in all states, which it is a part of. Masks are none of it, nor is the key.
+  tx = optimizer(masks_key, abstract_masks)
 
   @jax.jit
-  def start(variables, masks, step):
+  def start_with(key, variables, masks, step):
+    opt_state = optimizer(key, masks).init(variables["params"])
     # Copies, since an epoch uses up its state.
-    params = sparsejax.apply_masks(variables["params"], masks)
     return TrainState(
       step=step,
       apply_fn=None,
-      params=params,
+      params=sparsejax.apply_masks(
+        variables["params"], methods.get_masks(recipe, opt_state, variables["params"])
+      ),
       tx=tx,
-      opt_state=optax.tree.set(optimizer(masks).init(params), count=step),
+      opt_state=optax.tree.set(opt_state, count=step),
       batch_stats=jax.tree.map(jnp.copy, variables["batch_stats"]),
     )
+
+  start = functools.partial(start_with, masks_key)
 
   def init():
     variables = init_variables(init_key)
     # As they are: each method looks at the same images, without augmentation.
-    first = normalized(train.pixels[:batch]), train.labels[:batch]
+    first = normalized(train.pixels[train.index[:batch]]), train.labels[:batch]
     masks = methods.make_initial_masks(recipe, model, variables, first, masks_key)
     return start(variables, masks, 0)
 
@@ -170,7 +177,7 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
 
   def train_step(state, train, key, index):
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-    pixels = normalized(augmented(augment_key, train.pixels[index]))
+    pixels = normalized(augmented(augment_key, train.pixels[train.index[index]]))
     labels = train.labels[index]
     targets = optax.smooth_labels(jax.nn.one_hot(labels, dataset.classes), recipe.label_smoothing)
 
@@ -246,7 +253,7 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
 
     def logits_of_batch(inputs):
       index, key = inputs
-      pixels = normalized(augmented(key, images.pixels[index]))
+      pixels = normalized(augmented(key, images.pixels[images.index[index]]))
       return model.apply({"params": params, "batch_stats": state.batch_stats}, pixels)
 
     keys = jax.random.split(images.key, batches)
@@ -266,8 +273,13 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
     # As published: the validation images pass through the augmentation too.
     validate=jax.jit(lambda state, images: evaluate(state, images, augmented)),
     train=train,
-    held_out=images(dataset.train_images, dataset.train_labels, held_out_key, split[:held_out]),
-    test=images(dataset.test_images, dataset.test_labels, held_out_key),
+    held_out=images(train_pixels, dataset.train_labels, held_out_key, split[:held_out]),
+    test=images(
+      jnp.asarray(dataset.test_images),
+      dataset.test_labels,
+      held_out_key,
+      np.arange(len(dataset.test_labels)),
+    ),
   )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from flax import linen as nn
 
-from experiments.models import lenet, mlp, resnet, vgg, wide_resnet
+from experiments.models import convnet, lenet, mlp, resnet, vgg, wide_resnet
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
   "lenet300": lenet.LeNet300,
@@ -27,6 +27,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
   "conv4": lenet.Conv4,
   "conv6": lenet.Conv6,
   "mlp": mlp.MLPCifar,
+  "convnet-small": convnet.SmallConvNet,
   "resnet18": resnet.ResNet18,
   "resnet20": resnet.ResNet20,
   "resnet32": resnet.ResNet32,

@@ -44,7 +44,7 @@ def test_an_epoch_sees_each_image_once_with_equal_weight():
   trainer = training.make_trainer(recipe, digits, seed=0)
   assert trainer.train.labels.size % recipe.batch_size
   state = trainer.init()
-  pixels = (np.asarray(trainer.train.pixels) / 255 - digits.mean) / digits.std
+  pixels = (np.asarray(trainer.train.pixels[trainer.train.index]) / 255 - digits.mean) / digits.std
   logits = lenet.LeNet300(classes=10).apply({"params": state.params}, pixels)
   losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, trainer.train.labels)
   accuracy = np.mean(np.argmax(logits, axis=-1) == trainer.train.labels)
@@ -87,7 +87,7 @@ def test_labels_are_smoothed():
   digits = data.load("digits")
   trainer = training.make_trainer(recipe, digits, seed=0)
   state = trainer.init()
-  pixels = (np.asarray(trainer.train.pixels) / 255 - digits.mean) / digits.std
+  pixels = (np.asarray(trainer.train.pixels[trainer.train.index]) / 255 - digits.mean) / digits.std
   logits = np.asarray(lenet.LeNet300(classes=10).apply({"params": state.params}, pixels))
   log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
   of_label = np.take_along_axis(log_p, np.asarray(trainer.train.labels)[:, None], axis=-1)
@@ -103,7 +103,7 @@ def test_the_optimizer_is_sgd_with_coupled_decay_and_a_cosine_by_epochs(nesterov
   recipe = dataclasses.replace(
     DIGITS, sparsity=0.0, epochs=3, learning_rate=0.1, nesterov=nesterov, clip_norm=clip_norm
   )
-  tx = methods.make_optimizer(recipe, steps_per_epoch=2)
+  tx = methods.make_optimizer(recipe, steps_per_epoch=2, key=jax.random.key(0))
   rng = np.random.default_rng(0)
   params = {"kernel": rng.standard_normal((3, 2)).astype(np.float32)}
   expected, buffer = params["kernel"].astype(np.float64), np.zeros((3, 2))
