@@ -17,7 +17,7 @@ from experiments import checkpoints, methods, records
 from experiments.methods import Variables
 from experiments.recipe import Recipe
 from experiments.run import Run
-from experiments.training import EpochMetrics, Trainer, TrainState
+from experiments.training import EpochMetrics, Evaluation, Trainer, TrainState
 from sparsejax.lottery import Round, Ticket
 
 Line = dict[str, Any]
@@ -172,7 +172,6 @@ def _describe_epoch(
   seconds: float,
 ) -> Line:
   """The line of an epoch in `metrics.jsonl`."""
-  loss, sparsity = float(trained.loss), float(trained.sparsity)
   size = trainer.held_out.labels.size
   held_out = trainer.validate(state, trainer.held_out) if size else None
   if size >= 100:
@@ -181,20 +180,34 @@ def _describe_epoch(
     train = trainer.train
     first = train._replace(index=train.index[:1000], labels=train.labels[:1000])
     watched = trainer.validate(state, first)
-  line = {
+  device = next(iter(state.step.devices()))
+  line = make_line(epoch, trained, held_out, bool(watched.constant), seconds, device)
+  if line["sparsity"] > recipe.best_above:
+    line["test_accuracy"] = float(trainer.evaluate(state, trainer.test).accuracy)
+  return line
+
+
+def make_line(
+  epoch: int,
+  trained: EpochMetrics,
+  held_out: Evaluation | None,
+  constant: bool,
+  seconds: float,
+  device: jax.Device,
+) -> Line:
+  """The line of an epoch, given whether the network's output is the same for all images."""
+  loss = float(trained.loss)
+  return {
     "epoch": epoch,
     "loss": loss if math.isfinite(loss) else None,
     "train_accuracy": float(trained.accuracy),
     "validation_accuracy": held_out and float(held_out.accuracy),
-    "sparsity": sparsity,
+    "sparsity": float(trained.sparsity),
     "seconds": seconds,
-    "device": next(iter(state.step.devices())).device_kind,
+    "device": device.device_kind,
     # With all units dead, or NaN. A few networks come back from the former.
-    "collapsed": not math.isfinite(loss) or bool(watched.constant),
+    "collapsed": not math.isfinite(loss) or constant,
   }
-  if sparsity > recipe.best_above:
-    line["test_accuracy"] = float(trainer.evaluate(state, trainer.test).accuracy)
-  return line
 
 
 def _describe_cycle(trainer: Trainer, state: TrainState) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def plot_run(
 
 
 def plot_table(
-  path: pathlib.Path, table: Table, recipes: Mapping[str, Recipe], results: Results
+  path: pathlib.Path, table: Table, recipes: Mapping[Row, Recipe], results: Results
 ) -> None:
   """Draws test accuracy over sparsity: our runs, their means, and what is published.
 
@@ -72,13 +72,13 @@ def plot_table(
   Args:
     path: of the PNG to write.
     table: whose.
-    recipes: all recipes, by name.
+    recipes: by row.
     results: by row and seed, the contents of `result.json`.
   """
   panels = []
   for title, block in table.blocks.items():
     rows = [row for rows in block.values() for row in rows]
-    published = [row for row in rows if recipes[row.recipe].published]
+    published = [row for row in rows if recipes[row].published]
     if not any(results[row] for row in rows) and len(published) <= len(rows) / 2:
       continue
     collapsed = sum(len(results[row]) - len(_alive(results[row])) for row in rows)
@@ -87,11 +87,11 @@ def plot_table(
   _draw(path, panels, xlabel="sparsity (%)")
 
 
-def _draw_block(block: Series, recipes: Mapping[str, Recipe], results: Results, axis: Axes) -> None:
+def _draw_block(block: Series, recipes: Mapping[Row, Recipe], results: Results, axis: Axes) -> None:
   """Draws a line for each series; what is not pruned at all is a level to compare with."""
   rows = [row for rows in block.values() for row in rows]
   pruned = [run["sparsity"] for row in rows for run in _alive(results[row]) if run["pruned"]]
-  pruned += [recipes[row.recipe].sparsity for row in rows if recipes[row.recipe].published]
+  pruned += [recipes[row].sparsity for row in rows if recipes[row].published]
   place = _Places((100 * sparsity for sparsity in pruned if sparsity), len(block))
   for i, (label, rows_of_label) in enumerate(block.items()):
     style, means = _style(i), {}
@@ -101,10 +101,10 @@ def _draw_block(block: Series, recipes: Mapping[str, Recipe], results: Results, 
       axis.axhline(mean, color=style["color"], linestyle="--", label=label)
       continue
     for row in rows_of_label:
-      published = recipes[row.recipe].published
+      published = recipes[row].published
       if published is not None:
         axis.errorbar(
-          place(i, 100 * recipes[row.recipe].sparsity),
+          place(i, 100 * recipes[row].sparsity),
           published.accuracy,
           published.spread,
           fmt="D" if published.epoch == "last" else "*",
@@ -126,9 +126,9 @@ def _draw_block(block: Series, recipes: Mapping[str, Recipe], results: Results, 
     names = [_range(group) for group in place.groups]
     axis.set_xticks(range(len(names)), names)
   axis.plot([], [], ".", color="k", label="one seed")
-  if any(recipes[row.recipe].published for row in rows):
+  if any(recipes[row].published for row in rows):
     axis.plot([], [], "D", mfc="none", color="k", label="published")
-  if any(recipes[row.recipe].best_above < 1 for row in rows):
+  if any(recipes[row].best_above < 1 for row in rows):
     axis.plot([], [], "*", color="k", label="best epoch, by the test set")
     axis.plot([], [], "*", mfc="none", color="k", label="published, best epoch")
 
@@ -152,7 +152,7 @@ class _Places:
 
 
 def plot_costs(
-  path: pathlib.Path, table: Table, recipes: Mapping[str, Recipe], results: Results
+  path: pathlib.Path, table: Table, recipes: Mapping[Row, Recipe], results: Results
 ) -> None:
   """Draws mean test accuracy over the epochs of training that it took, all cycles together.
 
@@ -166,7 +166,7 @@ def plot_costs(
     for label, rows in block.items():
       for row in rows:
         if alive := _alive(results[row]):
-          recipe = recipes[row.recipe]
+          recipe = recipes[row]
           sparsity = 100 * statistics.mean(run["sparsity"] for run in alive)
           epochs = recipe.epochs_after(row.cycle or recipe.cycles)
           point = _Point(label, epochs, sparsity, [run["test_accuracy"] for run in alive])

@@ -7,9 +7,10 @@ change (published: before the first batch); validation images are augmented the 
 
 import dataclasses
 
-from experiments import baselines
+from experiments import baselines, sparse_training
 from experiments.augment import PIPELINES, Augmentation
 from experiments.recipe import Published, Recipe
+from experiments.tables import Row
 
 RECIPES = {
   # The demonstration, on data that needs no download: 90 % of LeNet-300-100 pruned on handwritten
@@ -169,3 +170,22 @@ RECIPES["resnet20-cifar10-short"] = Recipe(
 RECIPES |= baselines.for_lenet(RECIPES["lenet300-mnist-98"])
 RECIPES |= baselines.for_resnet18(RECIPES["resnet18-cifar10-72.9"])
 RECIPES |= baselines.for_vgg19(RECIPES["vgg19-cifar10-98-cosine"])
+
+# Dynamic sparse training: as published, and on equal terms with progressive pruning; see
+# `experiments.sparse_training`.
+#   python -m experiments.train vgg19-cifar10-granet --sparsity 0.95 --data-dir DIR
+#   python -m experiments.train lenet300-mnist-e20-snip-gradient --data-dir DIR
+#   python -m experiments.train lenet300-mnist-98-e40-rigl --data-dir DIR
+RECIPES |= sparse_training.published()
+RECIPES |= sparse_training.lenet_grid()
+RECIPES |= sparse_training.on_equal_terms(
+  "lenet300-mnist-98-e40", RECIPES["lenet300-mnist-98-e40-progressive"]
+)
+
+
+def of_row(row: Row) -> Recipe:
+  """The recipe of a row of a table."""
+  recipe = RECIPES[row.recipe]
+  if row.sparsity is None:
+    return recipe
+  return dataclasses.replace(recipe, sparsity=row.sparsity)

@@ -53,6 +53,7 @@ def check_config(where: pathlib.Path, found: dict[str, Any], expected: dict[str,
   Published numbers are no part of a run.
   """
   # A field that a run is older than has had its default value.
+  expected = json.loads(json.dumps(expected))
   before, now = _DEFAULTS | _flatten(found), _DEFAULTS | _flatten(expected)
   changed = [f"{key}={before.get(key)}" for key in before | now if before.get(key) != now.get(key)]
   if changed:
@@ -74,7 +75,7 @@ def _flatten(config: dict[str, Any]) -> dict[str, Any]:
 
 
 _DEFAULTS = {
-  field.name: field.default
+  field.name: json.loads(json.dumps(field.default))
   for field in dataclasses.fields(Recipe)
   if field.default is not dataclasses.MISSING and field.name != "published"
 } | _flatten({"dynamic": dataclasses.asdict(Dynamic())})

@@ -13,15 +13,17 @@ import pathlib
 import statistics
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import tyro
 
-from experiments import commands, data, plots, records
+from experiments import commands, data, lanes, plots, records
 from experiments import train as train_lib
 from experiments.recipe import Published
-from experiments.recipes import RECIPES
+from experiments.recipes import of_row
+from experiments.run import Run
 from experiments.tables import TABLES, Row, Table
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -79,9 +81,10 @@ def reproduce(options: Options) -> tuple[str, list[str]]:
   text = make_table(options.table, options.results)
   records.replace_file(options.results / f"{options.table}.md", text)
   results = _read_results(table, options.results)
-  plots.plot_table(options.results / f"{options.table}.png", table, RECIPES, results)
+  recipes = {row: of_row(row) for row in table.rows}
+  plots.plot_table(options.results / f"{options.table}.png", table, recipes, results)
   if table.by_cost:
-    plots.plot_costs(options.results / f"{options.table}-cost.png", table, RECIPES, results)
+    plots.plot_costs(options.results / f"{options.table}-cost.png", table, recipes, results)
   return text, failures
 
 
@@ -91,27 +94,44 @@ def _train_missing(options: Options, table: Table) -> list[str]:
   failures = []
   for name in options.recipes or table.recipes:
     try:
-      for seed in options.seeds or table.seeds:
+      for runs in _missing_runs(options, table, name):
         left = deadline - time.perf_counter()
-        path = _path(options.results, name, seed)
-        if left <= 0 or path.exists():
-          continue
-        run = train_lib.Run(
-          RECIPES[name],
-          name,
-          seed,
-          data_dir=options.data_dir,
-          out=options.runs / name / f"seed{seed}",
-          time_limit=left,
-          device=options.device,
-          deterministic=options.deterministic,
-        )
-        if (result := train_lib.train(run)) is not None:
-          path.parent.mkdir(exist_ok=True)
-          records.replace_file(path, records.to_json(result))
+        if left <= 0:
+          break
+        if len(runs) == 1:
+          results = [train_lib.train(dataclasses.replace(runs[0], time_limit=left))]
+        else:
+          lanes_of = " ".join(str(run.folder) for run in runs)
+          folder = options.runs / f"{name}-lanes" / f"{zlib.crc32(lanes_of.encode()):08x}"
+          results = lanes.train_lanes(runs, folder, left) or []
+        for run, result in zip(runs, results):
+          if result is not None:
+            path = _path(options.results, run.folder.parent.name, run.seed)
+            path.parent.mkdir(exist_ok=True)
+            records.replace_file(path, records.to_json(result))
     except data.DataNotFound as error:
       failures.append(f"{name}: {error}")
   return failures
+
+
+def _missing_runs(options: Options, table: Table, name: str) -> list[list[Run]]:
+  """The runs of a recipe that have no result, those together that are trained side by side."""
+  runs = [
+    Run(
+      of_row(row),
+      name,
+      seed,
+      data_dir=options.data_dir,
+      out=options.runs / row.name / f"seed{seed}",
+      device=options.device,
+      deterministic=options.deterministic,
+    )
+    for row in {row.name: row for row in table.rows if row.recipe == name}.values()
+    for seed in options.seeds or table.seeds
+    if not _path(options.results, row.name, seed).exists()
+  ]
+  size = table.lanes if runs and lanes.fit_in_lanes(runs[0].recipe) else 1
+  return [runs[i : i + size] for i in range(0, len(runs), size)]
 
 
 def make_table(name: str, folder: pathlib.Path) -> str:
@@ -121,7 +141,7 @@ def make_table(name: str, folder: pathlib.Path) -> str:
   text = ""
   for title, series in table.blocks.items():
     rows = [row for rows in series.values() for row in rows]
-    any_published = any(RECIPES[row.recipe].published for row in rows)
+    any_published = any(of_row(row).published for row in rows)
     header = ["recipe", "pruned", "training cycles", "total epochs"]
     header += ["published"] * any_published + ["ours", "hardware", "time of a run"]
     lines = [header + [f"seed {seed}" for seed in table.seeds]]
@@ -141,9 +161,9 @@ def _describe_row(
   row: Row, runs: dict[int, dict[str, Any]], seeds: Sequence[int], any_published: bool
 ) -> list[str]:
   """The cells of a row."""
-  recipe, done = RECIPES[row.recipe], list(runs.values())
+  recipe, done = of_row(row), list(runs.values())
   return [
-    f"`{row.recipe}`" + (f", after cycle {row.cycle}" if row.cycle else ""),
+    f"`{row.name}`" + (f", after cycle {row.cycle}" if row.cycle else ""),
     _different([f"{run['pruned']:,} of {run['pool']:,}" for run in done]),
     str(row.cycle or recipe.cycles),
     str(recipe.epochs_after(row.cycle or recipe.cycles)),
@@ -160,9 +180,9 @@ def _read_results(table: Table, folder: pathlib.Path) -> dict[Row, dict[int, dic
   results = {row: {} for row in table.rows}
   for row, found in results.items():
     for seed in table.seeds:
-      if (path := _path(folder, row.recipe, seed)).exists():
+      if (path := _path(folder, row.name, seed)).exists():
         result = records.read_json(path)
-        config = {"recipe": row.recipe, "seed": seed, **dataclasses.asdict(RECIPES[row.recipe])}
+        config = {"recipe": row.recipe, "seed": seed, **dataclasses.asdict(of_row(row))}
         records.check_config(path, result["config"], config)
         found[seed] = result | (result["cycles"][row.cycle - 1] if row.cycle else {})
   return results

@@ -8,10 +8,22 @@ SEEDS = (42, 123, 456, 789, 999)
 
 
 class Row(NamedTuple):
-  """A recipe, and after which of its cycles of training, from 1, it is read; None: at the end."""
+  """A recipe, and how it is run and read.
+
+  Attributes:
+    recipe: its name.
+    cycle: after which of its cycles of training, from 1, it is read; None: at the end.
+    sparsity: in place of the recipe's own.
+  """
 
   recipe: str
   cycle: int | None = None
+  sparsity: float | None = None
+
+  @property
+  def name(self) -> str:
+    """Of its runs."""
+    return self.recipe if self.sparsity is None else f"{self.recipe}-{100 * self.sparsity:g}"
 
 
 Series = dict[str, tuple[Row, ...]]
@@ -26,11 +38,13 @@ class Table:
       the figure.
     seeds: of each recipe.
     by_cost: whether there is a figure of accuracy over epochs of training too.
+    lanes: so many runs of a recipe are trained side by side where they can be.
   """
 
   blocks: dict[str, Series]
   seeds: tuple[int, ...] = SEEDS
   by_cost: bool = False
+  lanes: int = 1
 
   @property
   def rows(self) -> tuple[Row, ...]:
@@ -82,6 +96,39 @@ _E40, _E200 = (tuple(f"lenet300-mnist-{s}-e{e}" for s in ("78.9", "98")) for e i
 _LENET_E40 = _single_cycle(
   "lenet300-mnist-e40-dense", (f"{prefix}-progressive" for prefix in _E40), _E40
 )
+
+_DYNAMIC = {
+  "GraNet, dense to sparse": "granet",
+  "GraNet, sparse to sparse": "granet-sparse",
+  "RigL": "rigl",
+  "SET": "set",
+  "SNFS": "snfs",
+  "static": "static",
+}
+
+_CRITERIA = ("magnitude", "each-sign", "mest", "snip", "reciprocal-sensitivity")
+
+
+def _at(sparsities: Iterable[float], recipe: str) -> tuple[Row, ...]:
+  return tuple(Row(recipe, sparsity=sparsity) for sparsity in sparsities)
+
+
+def _grid(prefix: str, densities: Iterable[float]) -> dict[str, Series]:
+  """The blocks of a grid of criteria: one for each way to grow, with static and dense lines."""
+
+  sparsities = [round(1 - density, 4) for density in densities]
+  return {
+    f"growth by {grow}": {
+      **{drop: _at(sparsities, f"{prefix}-{drop}-{grow}") for drop in _CRITERIA},
+      "static": _at(sparsities, f"{prefix}-static"),
+      "dense": _rows((f"{prefix}-dense",)),
+    }
+    for grow in ("gradient", "random")
+  }
+
+
+_GRID_DENSITIES = (0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.09, 0.08, 0.07, 0.06, 0.05)
+_GRID_SEEDS = (42, 123, 456)
 
 TABLES = {
   # All runs of arXiv 2606.12278, and three beside them: VGG-19 with a plain cosine, LeNet-300-100
@@ -155,4 +202,55 @@ TABLES = {
     },
     by_cost=True,
   ),
+  # Dynamic sparse training on equal terms with progressive pruning and GMP.
+  "dynamic": Table(
+    {
+      "LeNet-300-100 on MNIST, 40 epochs, 98 % pruned": {
+        label: _rows((f"lenet300-mnist-98-e40-{method}",))
+        for label, method in {"progressive": "progressive", "GMP": "gmp", **_DYNAMIC}.items()
+      },
+    }
+  ),
+  # GraNet as published, beside progressive pruning of the same network.
+  "granet": Table(
+    {
+      f"{label} on {data}": {
+        "GraNet, dense to sparse": _at((0.9, 0.95, 0.98), f"{network}-granet"),
+        "GraNet, sparse to sparse": _at((0.9, 0.95, 0.98), f"{network}-granet-sparse"),
+        **(
+          {"progressive": _at((0.9, 0.95, 0.98), "vgg19-cifar10-progressive")}
+          if network == "vgg19-cifar10"
+          else {}
+        ),
+      }
+      for label, data, network in (
+        ("VGG-19", "CIFAR-10", "vgg19-cifar10"),
+        ("ResNet-50", "CIFAR-10", "resnet50-cifar10"),
+        ("VGG-19", "CIFAR-100", "vgg19-cifar100"),
+        ("ResNet-50", "CIFAR-100", "resnet50-cifar100"),
+      )
+    },
+    _GRID_SEEDS,
+  ),
+  # RigL as published.
+  "rigl": Table(
+    {
+      "WRN-22-2 on CIFAR-10": {
+        label: _at((0.5, 0.8, 0.9, 0.95), f"wrn-22-2-cifar10-{method}")
+        for label, method in {"RigL": "rigl", "SET": "set", "static": "static"}.items()
+      }
+    },
+    _GRID_SEEDS,
+  ),
+  # The grid of Fantastic Weights in a short time, and as published on its networks.
+  "criteria": Table(_grid("lenet300-mnist-e20", (0.5, 0.2, 0.1, 0.05)), _GRID_SEEDS, lanes=12),
+  **{
+    f"criteria-{network}": Table(_grid(prefix, _GRID_DENSITIES), _GRID_SEEDS, lanes=33)
+    for network, prefix in (
+      ("mlp", "mlp-cifar10"),
+      ("convnet", "convnet-small-cifar10"),
+      ("lenet5", "lenet5-fashion"),
+      ("resnet56", "resnet56-cifar10"),
+    )
+  },
 }

@@ -45,8 +45,8 @@ def train(run: Run) -> dict[str, Any] | None:
   if run.deterministic and _DETERMINISM_FLAG not in os.environ.get("XLA_FLAGS", ""):
     raise ValueError("deterministic=True has come too late: call set_determinism first")
   recipe = run.recipe
-  config = {"recipe": run.name, "seed": run.seed, **dataclasses.asdict(recipe)}
-  device = _find_device(run.device)
+  config = make_config(run)
+  device = find_device(run.device)
   provenance = records.provenance()
   with records.open_folder(run.folder, config), jax.default_device(device):
     path = run.folder / "result.json"
@@ -67,29 +67,47 @@ def train(run: Run) -> dict[str, Any] | None:
         " same command resumes."
       )
       return None
-    masks = methods.get_masks(recipe, state.opt_state, state.params)
-    summary = sparsejax.summary(state.params, masks)
-    result = {
-      **records.make_result(
-        config,
-        metrics,
-        summary,
-        test_accuracy=float(trainer.evaluate(state, trainer.test).accuracy),
-        compile_seconds=compile_seconds,
-      ),
-      "deterministic": run.deterministic,
-      **provenance,
-    }
-    (run.folder / "summary.txt").write_text(f"{summary}\n")
-    title = f"{run.name}, seed {run.seed}: {result['test_accuracy']:.2f} % test accuracy"
-    plots.plot_run(run.folder / "plot.png", title, metrics, summary)
-    # Last of all: with it a run is finished.
-    records.replace_file(path, records.to_json(result))
+    summary, result = finish(run, trainer, state, metrics, compile_seconds, provenance)
   print(f"\n{summary}\n\n{records.describe_result(recipe, result)}\nresults in {run.folder}")
   return result
 
 
-def _find_device(kind: str) -> jax.Device:
+def finish(
+  run: Run,
+  trainer: training.Trainer,
+  state: training.TrainState,
+  metrics: list[dict[str, Any]],
+  compile_seconds: float,
+  provenance: dict[str, Any],
+) -> tuple[sparsejax.Summary, dict[str, Any]]:
+  """Writes the results of a run into its folder: a summary, a picture, and `result.json`."""
+  masks = methods.get_masks(run.recipe, state.opt_state, state.params)
+  summary = sparsejax.summary(state.params, masks)
+  result = {
+    **records.make_result(
+      make_config(run),
+      metrics,
+      summary,
+      test_accuracy=float(trainer.evaluate(state, trainer.test).accuracy),
+      compile_seconds=compile_seconds,
+    ),
+    "deterministic": run.deterministic,
+    **provenance,
+  }
+  (run.folder / "summary.txt").write_text(f"{summary}\n")
+  title = f"{run.name}, seed {run.seed}: {result['test_accuracy']:.2f} % test accuracy"
+  plots.plot_run(run.folder / "plot.png", title, metrics, summary)
+  # Last of all: with it a run is finished.
+  records.replace_file(run.folder / "result.json", records.to_json(result))
+  return summary, result
+
+
+def make_config(run: Run) -> dict[str, Any]:
+  """What decides the outcome of a run."""
+  return {"recipe": run.name, "seed": run.seed, **dataclasses.asdict(run.recipe)}
+
+
+def find_device(kind: str) -> jax.Device:
   """The first device of a kind."""
   try:
     return jax.devices(None if kind == "any" else kind)[0]

@@ -66,8 +66,10 @@ class Trainer:
     classes: number of classes.
     init: returns the state before the first epoch.
     start: (parameters and running statistics, masks, step) -> state, with a fresh optimizer.
-    compile_epoch: compiles and returns the function (state, training images) -> (state,
-      EpochMetrics). It uses the state's buffers for its result.
+    tx: the optimizer of its states; not the masks and the key that they start with.
+    epoch: the function (state, training images) -> (state, EpochMetrics), as it is.
+    is_slow_in_a_loop: whether `compile_epoch` therefore makes a call from Python of each step.
+    compile_epoch: compiles and returns it. It uses the state's buffers for its result then.
     evaluate: (state, images) -> Evaluation, on the images as they are.
     validate: (state, images) -> Evaluation, on augmented images, the same ones each time.
     train: training images.
@@ -79,6 +81,9 @@ class Trainer:
   classes: int
   init: Callable[[], TrainState]
   start: Callable[..., TrainState]
+  tx: optax.GradientTransformation
+  epoch: Callable[..., tuple[TrainState, EpochMetrics]]
+  is_slow_in_a_loop: bool
   compile_epoch: Callable[[], Callable[..., tuple[TrainState, EpochMetrics]]]
   evaluate: Callable[..., Evaluation]
   validate: Callable[..., Evaluation]
@@ -136,6 +141,10 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
   abstract_variables = jax.eval_shape(init_variables, init_key)
+  # XLA's CPU backend runs gradients of convolutions 40 times slower in a loop than outside of one
+  # (https://github.com/jax-ml/jax/issues/12868), so there each step is a call from Python.
+  on_cpu = all(device.platform == "cpu" for device in train.labels.devices())
+  is_slow_in_a_loop = on_cpu and _has_convolutions(model, abstract_variables, train)
   abstract_masks = jax.eval_shape(methods.full_masks, abstract_variables["params"])
   # One and the same in all states, which it is a part of. Masks are none of it, nor is the key.
   tx = optimizer(masks_key, abstract_masks)
@@ -202,7 +211,6 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
     masks = methods.get_masks(recipe, state.opt_state, state.params)
     return EpochMetrics(loss, accuracy, sparsejax.sparsity(masks))
 
-  @functools.partial(jax.jit, donate_argnums=0)
   def epoch(state, train):
     key, order = begin(state.step, train.key)
     state, sums = jax.lax.scan(
@@ -219,11 +227,8 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
 
   def compile_epoch():
     state = jax.eval_shape(start, abstract_variables, abstract_masks, jnp.int32(0))
-    on_cpu = all(device.platform == "cpu" for device in train.labels.devices())
-    if not (on_cpu and _has_convolutions(model, abstract_variables, train)):
-      return epoch.lower(state, train).compile()
-    # XLA's CPU backend runs gradients of convolutions 40 times slower in a loop than outside of one
-    # (https://github.com/jax-ml/jax/issues/12868), so there each step is a call from Python.
+    if not is_slow_in_a_loop:
+      return jax.jit(epoch, donate_argnums=0).lower(state, train).compile()
     key, order = jax.eval_shape(begin, state.step, train.key)
     step = jax.jit(train_step, donate_argnums=0)
     step_of = {
@@ -268,6 +273,9 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
     classes=dataset.classes,
     init=init,
     start=start,
+    tx=tx,
+    epoch=epoch,
+    is_slow_in_a_loop=is_slow_in_a_loop,
     compile_epoch=compile_epoch,
     evaluate=jax.jit(lambda state, images: evaluate(state, images, lambda key, x: x)),
     # As published: the validation images pass through the augmentation too.

@@ -10,11 +10,11 @@ from experiments.models import layers
 class SmallConvNet(nn.Module):
   """Unpadded 3x3 convolutions of 32, 64 and 128 channels, each with a ReLU, and a dense layer.
 
-  The first two are max-pooled; the mean over all positions of the third, 4x4 on CIFAR-10, leaves 128
-  features. All this is as in the authors' code (alooow/fantastic_weights_paper at 565c21f), and
-  makes 94,538 parameters. The comment on that code says 95,818: what a dense layer on 256 features
-  would make. It is inferred, not known, that the number was not updated when a fourth convolution,
-  of 256 channels, was removed; with it there would be 390,986, as the comment also says.
+  The first two are max-pooled; the mean over all positions of the third, 4x4 on CIFAR-10, leaves
+  128 features. This is the network of the authors' code (alooow/fantastic_weights_paper at
+  565c21f), and has 94,538 parameters. A comment there says 95,818, which takes a dense layer on 256
+  features, and 390,986 with a fourth convolution, which is right if that has 256 channels. So the
+  first number seems to be the second less the convolution, with the dense layer left as it was.
 
   Attributes:
     classes: number of logits.

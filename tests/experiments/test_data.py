@@ -13,11 +13,14 @@ import pytest
 
 from experiments import data, published
 
-CIFAR10_IMAGES_PER_FILE = 20
+IMAGES_PER_FILE = 20
 
 
-def _write_mnist(directory, *, suffix=".gz", train=30, test=10, seed=0):
-  """Writes MNIST's four files, as small as their headers allow; returns the arrays in them."""
+def _write_idx(directory, *, suffix=".gz", train=30, test=10, seed=0):
+  """Writes MNIST's or Fashion-MNIST's four files, as small as their headers allow.
+
+  Returns the arrays in them.
+  """
   directory.mkdir(parents=True, exist_ok=True)
   rng = np.random.default_rng(seed)
   arrays = []
@@ -33,20 +36,38 @@ def _write_mnist(directory, *, suffix=".gz", train=30, test=10, seed=0):
   return arrays
 
 
-def _write_cifar10(directory):
-  """Writes CIFAR-10's six files; returns their records, each one label and three planes."""
+# How many bytes are in front of an image: its class, or its superclass and its class.
+LABEL_BYTES = {"cifar10": 1, "cifar100": 2}
+
+
+def _write_cifar(name, directory):
+  """Writes the files of CIFAR-10 or CIFAR-100; returns their labels and their planes."""
   directory.mkdir(parents=True, exist_ok=True)
   rng = np.random.default_rng(0)
-  records = rng.integers(256, size=(6, CIFAR10_IMAGES_PER_FILE, 3073), dtype=np.uint8)
-  records[..., 0] %= 10
-  for file, batch in zip(published.PUBLISHED["cifar10"].files, records, strict=True):
-    (directory / file).write_bytes(batch.tobytes())
-  return records
+  described = published.PUBLISHED[name]
+  shape = (len(described.files), IMAGES_PER_FILE)
+  labels = rng.integers(described.classes, size=shape, dtype=np.uint8)
+  planes = rng.integers(256, size=(*shape, 3, 32, 32), dtype=np.uint8)
+  for file, batch_labels, batch_planes in zip(described.files, labels, planes, strict=True):
+    superclasses = np.full((IMAGES_PER_FILE, LABEL_BYTES[name] - 1), 19, np.uint8)
+    records = np.c_[superclasses, batch_labels, batch_planes.reshape(IMAGES_PER_FILE, -1)]
+    (directory / file).write_bytes(records.tobytes())
+  return labels, planes
+
+
+def _write(name, directory):
+  if name in LABEL_BYTES:
+    _write_cifar(name, directory)
+  else:
+    _write_idx(directory, suffix="")
 
 
 @pytest.fixture(autouse=True)
-def _small_cifar10(monkeypatch):
-  monkeypatch.setattr(published, "_CIFAR10_IMAGES_PER_FILE", CIFAR10_IMAGES_PER_FILE)
+def _small_cifar(monkeypatch):
+  for name in LABEL_BYTES:
+    described = published.PUBLISHED[name]
+    small = described._replace(records=(IMAGES_PER_FILE,) * len(described.files))
+    monkeypatch.setitem(published.PUBLISHED, name, small)
 
 
 @pytest.fixture(autouse=True)
@@ -69,11 +90,20 @@ def silent_host(monkeypatch):
     yield
 
 
-@pytest.mark.parametrize("folder", ["", "mnist", "MNIST/raw"])
+@pytest.mark.parametrize(
+  "name, folder",
+  [
+    ("mnist", ""),
+    ("mnist", "mnist"),
+    ("mnist", "MNIST/raw"),
+    ("fashion_mnist", "fashion_mnist"),
+    ("fashion_mnist", "FashionMNIST/raw"),
+  ],
+)
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_mnist_files_are_read_as_they_were_written(tmp_path, folder, suffix):
-  arrays = _write_mnist(tmp_path / folder, suffix=suffix)
-  mnist = data.load("mnist", tmp_path)
+def test_idx_files_are_read_as_they_were_written(tmp_path, name, folder, suffix):
+  arrays = _write_idx(tmp_path / folder, suffix=suffix)
+  mnist = data.load(name, tmp_path)
   read = (
     mnist.train_images[..., 0],
     mnist.train_labels,
@@ -84,24 +114,44 @@ def test_mnist_files_are_read_as_they_were_written(tmp_path, folder, suffix):
     np.testing.assert_array_equal(got, expected)
   assert mnist.train_images.shape == (30, 28, 28, 1)
   assert mnist.train_images.dtype == np.uint8 and mnist.train_labels.dtype == np.int32
+  assert (mnist.name, mnist.classes) == (name, 10)
 
 
-@pytest.mark.parametrize("folder", ["", "cifar10", "cifar-10-batches-bin"])
-def test_cifar10_files_are_read_as_they_were_written(tmp_path, folder):
-  records = _write_cifar10(tmp_path / folder)
-  cifar10 = data.load("cifar10", tmp_path)
-  assert cifar10.train_images.shape == (5 * CIFAR10_IMAGES_PER_FILE, 32, 32, 3)
-  assert cifar10.train_images.dtype == np.uint8 and cifar10.train_labels.dtype == np.int32
-  np.testing.assert_array_equal(cifar10.train_labels, records[:5, :, 0].ravel())
-  np.testing.assert_array_equal(cifar10.test_labels, records[5, :, 0])
-  # The third image of the second file, its pixel in row 4 and column 7: one byte a plane.
-  pixel = records[1, 2, [1 + 1024 * plane + 32 * 4 + 7 for plane in range(3)]]
-  np.testing.assert_array_equal(cifar10.train_images[CIFAR10_IMAGES_PER_FILE + 2, 4, 7], pixel)
+def test_fashion_mnist_and_mnist_are_not_taken_for_each_other(tmp_path):
+  _write_idx(tmp_path / "a")
+  assert published.find_files("mnist", tmp_path / "a") == tmp_path / "a"
+  assert published.find_files("fashion_mnist", tmp_path / "a") is None
+  _write_idx(tmp_path / "b" / "fashion_mnist")
+  assert published.find_files("mnist", tmp_path / "b") is None
+
+
+@pytest.mark.parametrize(
+  "name, folder",
+  [
+    ("cifar10", ""),
+    ("cifar10", "cifar10"),
+    ("cifar10", "cifar-10-batches-bin"),
+    ("cifar100", ""),
+    ("cifar100", "cifar100"),
+    ("cifar100", "cifar-100-binary"),
+    ("cifar100", "cifar100/cifar-100-binary"),
+  ],
+)
+def test_cifar_files_are_read_as_they_were_written(tmp_path, name, folder):
+  labels, planes = _write_cifar(name, tmp_path / folder)
+  cifar = data.load(name, tmp_path)
+  assert cifar.train_images.dtype == np.uint8 and cifar.train_labels.dtype == np.int32
+  np.testing.assert_array_equal(cifar.train_labels, labels[:-1].ravel())
+  np.testing.assert_array_equal(cifar.test_labels, labels[-1])
+  pixels = np.moveaxis(planes, 2, -1)
+  np.testing.assert_array_equal(cifar.train_images, pixels[:-1].reshape(-1, 32, 32, 3))
+  np.testing.assert_array_equal(cifar.test_images, pixels[-1])
+  assert (cifar.name, cifar.classes) == (name, {"cifar10": 10, "cifar100": 100}[name])
 
 
 def test_the_environment_names_the_directory_and_an_argument_overrules_it(monkeypatch, tmp_path):
-  _write_mnist(tmp_path / "a", train=3)
-  _write_mnist(tmp_path / "b", train=4)
+  _write_idx(tmp_path / "a", train=3)
+  _write_idx(tmp_path / "b", train=4)
   monkeypatch.setenv("SPARSEJAX_DATA", str(tmp_path / "a"))
   assert len(data.load("mnist").train_labels) == 3
   assert len(data.load("mnist", tmp_path / "b").train_labels) == 4
@@ -141,7 +191,7 @@ def _replace(content, position, byte):
   ],
 )
 def test_a_corrupt_idx_file_is_named(tmp_path, corrupt, problem):
-  _write_mnist(tmp_path)
+  _write_idx(tmp_path)
   path = tmp_path / "train-images-idx3-ubyte.gz"
   packed = path.read_bytes()
   path.write_bytes(corrupt(gzip.decompress(packed), packed))
@@ -150,7 +200,7 @@ def test_a_corrupt_idx_file_is_named(tmp_path, corrupt, problem):
 
 
 def test_images_of_another_size_are_not_taken_for_mnist(tmp_path):
-  _write_mnist(tmp_path, suffix="")
+  _write_idx(tmp_path, suffix="")
   path = tmp_path / "train-images-idx3-ubyte"
   content = path.read_bytes()
   path.write_bytes(content[:8] + struct.pack(">II", 14, 56) + content[16:])
@@ -159,8 +209,8 @@ def test_images_of_another_size_are_not_taken_for_mnist(tmp_path):
 
 
 def test_images_and_labels_of_different_counts_are_named(tmp_path):
-  _write_mnist(tmp_path, train=30)
-  _write_mnist(tmp_path / "other", train=31)
+  _write_idx(tmp_path, train=30)
+  _write_idx(tmp_path / "other", train=31)
   (tmp_path / "other" / "train-labels-idx1-ubyte.gz").rename(
     tmp_path / "train-labels-idx1-ubyte.gz"
   )
@@ -168,33 +218,42 @@ def test_images_and_labels_of_different_counts_are_named(tmp_path):
     data.load("mnist", tmp_path)
 
 
-@pytest.mark.parametrize("change", [-1, +1, -3073, +3073])
-def test_a_cifar10_file_of_the_wrong_size_is_named(tmp_path, change):
-  _write_cifar10(tmp_path)
-  path = tmp_path / "data_batch_3.bin"
+@pytest.mark.parametrize("name, file", [("cifar10", "data_batch_3.bin"), ("cifar100", "test.bin")])
+@pytest.mark.parametrize("change", [-1, +1, -3073, +3073, -3074, +3074])
+def test_a_cifar_file_of_the_wrong_size_is_named(tmp_path, name, file, change):
+  _write_cifar(name, tmp_path)
+  path = tmp_path / file
   content = path.read_bytes()
   path.write_bytes(content[:change] if change < 0 else content + bytes(change))
   with pytest.raises(ValueError, match=rf"{re.escape(str(path))}.*{len(content) + change} bytes"):
-    data.load("cifar10", tmp_path)
+    data.load(name, tmp_path)
 
 
-def test_a_label_out_of_range_is_named(tmp_path):
-  _write_mnist(tmp_path / "mnist", suffix="")
-  _write_cifar10(tmp_path / "cifar10")
-  for name, file, position in (
-    ("mnist", "t10k-labels-idx1-ubyte", 8 + 4),
-    ("cifar10", "test_batch.bin", 4 * 3073),
-  ):
-    path = tmp_path / name / file
-    path.write_bytes(_replace(path.read_bytes(), position, 10))
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}.*label 10 of image 4 "):
-      data.load(name, tmp_path)
+@pytest.mark.parametrize(
+  "name, file, position, classes",
+  [
+    ("mnist", "t10k-labels-idx1-ubyte", 8 + 4, 10),
+    ("fashion_mnist", "train-labels-idx1-ubyte", 8 + 4, 10),
+    ("cifar10", "test_batch.bin", 4 * 3073, 10),
+    ("cifar100", "train.bin", 4 * 3074 + 1, 100),
+  ],
+)
+def test_a_label_out_of_range_is_named(tmp_path, name, file, position, classes):
+  _write(name, tmp_path / name)
+  path = tmp_path / name / file
+  content = path.read_bytes()
+  path.write_bytes(_replace(content, position, classes - 1))
+  data.load(name, tmp_path)
+  path.write_bytes(_replace(content, position, classes))
+  problem = rf"label {classes} of image 4 is not in 0\.\.{classes - 1}\."
+  with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{problem}"):
+    data.load(name, tmp_path)
 
 
-@pytest.mark.parametrize("write, name", [(_write_mnist, "mnist"), (_write_cifar10, "cifar10")])
-def test_missing_files_are_named(tmp_path, write, name):
-  write(tmp_path)
-  missing = sorted(tmp_path.iterdir())[-2:]
+@pytest.mark.parametrize("name", published.PUBLISHED)
+def test_missing_files_are_named(tmp_path, name):
+  _write(name, tmp_path / name)
+  missing = sorted((tmp_path / name).iterdir())[1:3]
   for path in missing:
     path.unlink()
   with pytest.raises(data.DataNotFound, match="only in part") as error:
@@ -204,7 +263,7 @@ def test_missing_files_are_named(tmp_path, write, name):
 
 
 @pytest.mark.usefixtures("silent_host")
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+@pytest.mark.parametrize("name", published.PUBLISHED)
 def test_a_missing_data_set_is_reported_within_a_second_with_three_remedies(tmp_path, name):
   start = time.perf_counter()
   with pytest.raises(data.DataNotFound) as error:
@@ -214,6 +273,7 @@ def test_a_missing_data_set_is_reported_within_a_second_with_three_remedies(tmp_
   assert str(tmp_path) in message
   assert all(f"\n  {i}. " in message for i in (1, 2, 3))
   assert "SPARSEJAX_DATA" in message and "TFDS_DATA_DIR" in message
+  assert all(f"DIR/{folder}" in message for folder in published.PUBLISHED[name].folders if folder)
   assert f"python -m experiments.prepare {name} SOURCE TARGET" in message
   assert published.PUBLISHED[name].urls[0] in message
 
@@ -248,7 +308,9 @@ def test_a_data_set_that_only_tensorflow_reads_is_reported(tmp_path):
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
-  with pytest.raises(ValueError, match="'mnits': choose one of digits, mnist, cifar10"):
+  with pytest.raises(
+    ValueError, match="'mnits': choose one of digits, mnist, fashion_mnist, cifar10, cif"
+  ):
     data.load("mnits")
 
 

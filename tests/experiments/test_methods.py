@@ -151,7 +151,7 @@ def test_the_network_computes_with_the_masked_weights_where_they_keep_their_valu
   assert found.accuracy == trainer.evaluate(masked, trainer.test).accuracy
   # Pruned weights move by weight decay and what is left of their momentum, and by nothing else.
   before = jax.tree.map(np.asarray, state.params)
-  trace = jax.tree.map(np.asarray, state.opt_state[2][0].trace)
+  trace = jax.tree.map(np.asarray, optax.tree.get(state.opt_state, "trace"))
   after, _ = epoch_fn(state, trainer.train)
   kernel, mask = before["Dense_1"]["kernel"], np.asarray(masks["Dense_1"]["kernel"])
   momentum, expected = trace["Dense_1"]["kernel"], kernel

@@ -23,6 +23,7 @@ PARAMETERS = {
   "conv4": 2_425_930,
   "conv6": 2_262_602,
   "mlp": 3_676_682,
+  "convnet-small": 94_538,
   "resnet18": 11_173_962,
   "resnet20": 272_474,
   "resnet32": 466_906,
@@ -216,6 +217,14 @@ def reference_wide_resnet(net, x, count):
   return net.dense(relu(net.norm(x, "final_norm")).mean((1, 2)), "classifier")
 
 
+def reference_small_convnet(net, x):
+  x = reference_max_pool(relu(net.conv(x, "conv1", padding=0)))
+  x = reference_max_pool(relu(net.conv(x, "conv2", padding=0)))
+  x = relu(net.conv(x, "conv3", padding=0))
+  assert x.shape[1:3] == (4, 4)
+  return net.dense(x.mean((1, 2)), "classifier")
+
+
 def reference_vgg(net, x, convolutions, last_pool, hidden, hidden_norm):
   for stage, count in enumerate(convolutions, start=1):
     for i in range(1, count + 1):
@@ -253,6 +262,11 @@ NETWORKS = {
     dict(width=1 / 16),
     (8, 8, 3),
     lambda net, x: reference_wide_resnet(net, x, 2),
+  ),
+  "convnet-small": (
+    dict(width=1 / 8),
+    (32, 32, 3),
+    lambda net, x: reference_small_convnet(net, x),
   ),
   "vgg-c-snip": (
     dict(width=1 / 16),
@@ -329,6 +343,15 @@ def test_wrn_22_2_and_the_mlp_add_up():
     inputs = channels
   assert PARAMETERS["wrn-22-2"] == stages + 2 * 128 + 128 * 10 + 10
   assert PARAMETERS["mlp"] == 3073 * 1024 + 1025 * 512 + 513 * 10
+
+
+def test_the_small_convnet_adds_up():
+  convolutions = (9 * 3 + 1) * 32 + (9 * 32 + 1) * 64 + (9 * 64 + 1) * 128
+  assert PARAMETERS["convnet-small"] == convolutions + 129 * 10
+  # The published comment counts the dense layer that would follow a fourth convolution.
+  fourth = (9 * 128 + 1) * 256
+  assert convolutions + 257 * 10 == 95_818
+  assert convolutions + fourth + 257 * 10 == 390_986
 
 
 def test_dense_layers_of_lenet300_keep_their_names():
@@ -561,7 +584,8 @@ INITIALISERS = {
     ("TRUNCATED_FAN_IN", "TRUNCATED_FAN_IN"),
   ),
   **dict.fromkeys(
-    ["mlp", "resnet50", "vgg16", "vgg19-kuangliu"], ("TORCH_DEFAULT", "TORCH_DEFAULT")
+    ["mlp", "convnet-small", "resnet50", "vgg16", "vgg19-kuangliu"],
+    ("TORCH_DEFAULT", "TORCH_DEFAULT"),
   ),
   **dict.fromkeys(
     ["resnet20", "resnet32", "resnet56", "vgg16-lth", "vgg19-lth"],

@@ -16,37 +16,54 @@ from experiments import data, prepare, published
 tfds = pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("array_record")
 
-VERSIONS = {"mnist": "3.0.1", "cifar10": "3.0.2"}
+VERSIONS = {"mnist": "3.0.1", "fashion_mnist": "3.0.1", "cifar10": "3.0.2", "cifar100": "3.0.2"}
+
+
+# The labels of each superclass's classes.
+CIFAR100_SUPERCLASSES = [
+  [4, 30, 55, 72, 95],
+  [1, 32, 67, 73, 91],
+  [54, 62, 70, 82, 92],
+  [9, 10, 16, 28, 61],
+  [0, 51, 53, 57, 83],
+  [22, 39, 40, 86, 87],
+  [5, 20, 25, 84, 94],
+  [6, 7, 14, 18, 24],
+  [3, 42, 43, 88, 97],
+  [12, 17, 37, 68, 76],
+  [23, 33, 49, 60, 71],
+  [15, 19, 21, 31, 38],
+  [34, 63, 64, 66, 75],
+  [26, 45, 77, 79, 99],
+  [2, 11, 35, 46, 98],
+  [27, 29, 44, 78, 93],
+  [36, 50, 65, 74, 80],
+  [47, 52, 56, 59, 96],
+  [8, 13, 48, 58, 90],
+  [41, 69, 81, 85, 89],
+]
 
 
 def _random(name, train=40, test=12):
   rng = np.random.default_rng(0)
-  shape = published.PUBLISHED[name].image_shape
+  described = published.PUBLISHED[name]
 
   def split(count):
-    images = rng.integers(256, size=(count, *shape), dtype=np.uint8)
-    return images, rng.integers(10, size=count, dtype=np.int32)
+    images = rng.integers(256, size=(count, *described.image_shape), dtype=np.uint8)
+    return images, rng.integers(described.classes, size=count, dtype=np.int32)
 
-  (train_images, train_labels), (test_images, test_labels) = split(train), split(test)
-  return data.Dataset(
-    name=name,
-    train_images=train_images,
-    train_labels=train_labels,
-    test_images=test_images,
-    test_labels=test_labels,
-    mean=published.PUBLISHED[name].mean,
-    std=published.PUBLISHED[name].std,
-  )
+  return published.make_dataset(name, split(train), split(test))
 
 
 def _write_files(dataset, directory):
-  """Writes a data set in its publishers' format."""
+  """Writes a data set in its publishers' format, with superclasses of zero."""
   directory.mkdir(parents=True, exist_ok=True)
+  described = published.PUBLISHED[dataset.name]
   splits = (
     (dataset.train_images, dataset.train_labels),
     (dataset.test_images, dataset.test_labels),
   )
-  if dataset.name == "mnist":
+  if "mnist" in dataset.name:
     for prefix, (images, labels) in zip(("train", "t10k"), splits, strict=True):
       for kind, array in (("images-idx3", images.squeeze(-1)), ("labels-idx1", labels)):
         header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
@@ -54,12 +71,24 @@ def _write_files(dataset, directory):
         (directory / f"{prefix}-{kind}-ubyte").write_bytes(content)
   else:
     records = [
-      np.c_[labels.astype(np.uint8), images.transpose(0, 3, 1, 2).reshape(len(images), -1)]
+      np.c_[
+        np.zeros((len(labels), described.label_bytes - 1), np.uint8),
+        labels.astype(np.uint8),
+        images.transpose(0, 3, 1, 2).reshape(len(images), -1),
+      ]
       for images, labels in splits
     ]
-    batches = [*np.split(records[0], 5), records[1]]
-    for file, batch in zip(published.PUBLISHED["cifar10"].files, batches, strict=True):
+    batches = [*np.split(records[0], len(described.files) - 1), records[1]]
+    for file, batch in zip(described.files, batches, strict=True):
       (directory / file).write_bytes(batch.tobytes())
+
+
+def _shrink(monkeypatch, name, **changes):
+  """Makes the publishers' files of CIFAR those of 60 training and 12 test images."""
+  described = published.PUBLISHED[name]
+  batches = len(described.records) - 1
+  records = (*batches * [60 // batches], 12) if described.records else ()
+  monkeypatch.setitem(published.PUBLISHED, name, described._replace(records=records, **changes))
 
 
 def _assert_equal(a, b):
@@ -68,14 +97,14 @@ def _assert_equal(a, b):
   assert (a.name, a.mean, a.std, a.classes) == (b.name, b.mean, b.std, b.classes)
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+@pytest.mark.parametrize("name", VERSIONS)
 def test_a_written_data_set_is_loaded_identically(tmp_path, name):
   dataset = _random(name)
   assert prepare.write(dataset, tmp_path) == tmp_path / name / VERSIONS[name]
   _assert_equal(data.load(name, tmp_path), dataset)
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+@pytest.mark.parametrize("name", VERSIONS)
 def test_tfds_reads_a_written_data_set_as_its_own(tmp_path, name):
   dataset = _random(name)
   prepare.write(dataset, tmp_path)
@@ -86,9 +115,25 @@ def test_tfds_reads_a_written_data_set_as_its_own(tmp_path, name):
     assert example["label"] == dataset.test_labels[i]
   info = tfds.builder(name, data_dir=tmp_path).info
   assert str(info.version) == VERSIONS[name]
-  if name == "cifar10":
+  if name.startswith("cifar"):
     assert source["train"][7]["id"] == b"train_00007"
-    assert info.features["label"].names[3] == "cat"
+  names = {"mnist": "3", "fashion_mnist": "Dress", "cifar10": "cat", "cifar100": "bear"}
+  assert info.features["label"].names[3] == names[name]
+
+
+def test_classes_of_cifar100_have_the_superclasses_of_its_publishers(tmp_path):
+  images, labels = np.zeros((100, 32, 32, 3), np.uint8), np.arange(100, dtype=np.int32)
+  dataset = published.make_dataset("cifar100", (images, labels), (images, labels))
+  prepare.write(dataset, tmp_path)
+  source = tfds.data_source("cifar100", data_dir=tmp_path, split="test")
+  features = source.dataset_info.features
+  classes, superclasses = features["label"].names, features["coarse_label"].names
+  assert len(classes) == len(set(classes)) == 100 and len(set(superclasses)) == 20
+  members = [[] for _ in superclasses]
+  for example in source:
+    members[example["coarse_label"]].append(int(example["label"]))
+  assert members == CIFAR100_SUPERCLASSES
+  assert (classes[0], classes[99], superclasses[4]) == ("apple", "worm", "fruit_and_vegetables")
 
 
 def test_cifar10_is_put_back_into_its_original_order(tmp_path):
@@ -162,10 +207,10 @@ def test_a_damaged_data_set_is_named_and_not_read_in_part(tmp_path, damage):
     data.load("cifar10", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+@pytest.mark.parametrize("name", VERSIONS)
 def test_the_command_prepares_the_publishers_files(monkeypatch, tmp_path, capsys, name):
-  monkeypatch.setattr(published, "_CIFAR10_IMAGES_PER_FILE", 12)
   dataset = _random(name, train=60)
+  _shrink(monkeypatch, name)
   _write_files(dataset, tmp_path / "source" / name)
   target = tmp_path / "new" / "target"
   prepare.main([name, str(tmp_path / "source"), str(target)])
@@ -181,6 +226,11 @@ def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path):
   with pytest.raises(SystemExit, match="only in part: train-labels-idx1-ubyte, t10k-images"):
     prepare.main(["mnist", str(tmp_path), str(tmp_path / "target")])
   assert not (tmp_path / "target").exists()
+  # MNIST's files are not those of Fashion-MNIST, which lie in a folder of their own.
+  with pytest.raises(
+    SystemExit, match=f"holds no file of 'fashion_mnist' .* in {tmp_path}/fashion"
+  ):
+    prepare.main(["fashion_mnist", str(tmp_path), str(tmp_path / "target")])
 
 
 class _QuietHandler(http.server.SimpleHTTPRequestHandler):
@@ -199,20 +249,27 @@ def _publisher(directory):
     thread.join()
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
-def test_what_is_downloaded_once_is_kept(monkeypatch, tmp_path, name):
+@pytest.mark.parametrize(
+  "name, archived",
+  [
+    ("mnist", None),
+    ("fashion_mnist", None),
+    ("cifar10", "cifar-10-batches-bin"),
+    ("cifar100", "cifar-100-binary"),
+  ],
+)
+def test_what_is_downloaded_once_is_kept(monkeypatch, tmp_path, name, archived):
   monkeypatch.setenv("NO_PROXY", "*")
-  monkeypatch.setattr(published, "_CIFAR10_IMAGES_PER_FILE", 12)
   dataset = _random(name, train=60)
   source, target = tmp_path / "source", tmp_path / "target"
   _write_files(dataset, source)
-  if name == "cifar10":
+  files = published.PUBLISHED[name].files
+  if archived:
     with tarfile.open(source / "binary.tar.gz", "w:gz") as archive:
-      for file in published.PUBLISHED[name].files:
-        archive.add(source / file, f"cifar-10-batches-bin/{file}")
+      for file in files:
+        archive.add(source / file, f"{archived}/{file}")
+    files = ["binary.tar.gz"]
   with _publisher(source) as url:
-    files = published.PUBLISHED[name].files if name == "mnist" else ["binary.tar.gz"]
-    described = published.PUBLISHED[name]._replace(urls=tuple(f"{url}/{file}" for file in files))
-    monkeypatch.setitem(published.PUBLISHED, name, described)
+    _shrink(monkeypatch, name, urls=tuple(f"{url}/{file}" for file in files))
     _assert_equal(data.load(name, target), dataset)
   _assert_equal(data.load(name, target), dataset)  # The host is gone.
