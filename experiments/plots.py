@@ -181,6 +181,38 @@ def plot_costs(
   _draw(path, panels, xlabel="epochs of training, of all cycles together")
 
 
+def plot_similarity(path: pathlib.Path, found: dict[str, Any]) -> None:
+  """Draws Jaccard indices of pairs of criteria: what they drop, early and late, and final masks.
+
+  Args:
+    path: of the PNG to write.
+    found: as `similarity.measure` returns it.
+  """
+  early, late = found["dropped"][0], found["dropped"][-1]
+  panels = {
+    f"dropped after epoch {early['epoch']}": early["pairs"],
+    f"dropped after epoch {late['epoch']}": late["pairs"],
+    "final masks": found["final masks"]["pairs"],
+  }
+  figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
+  for axis, (title, pairs) in zip(axes, panels.items()):
+    names = list(dict.fromkeys(name for pair in pairs for name in pair["pair"]))
+    matrix = np.eye(len(names))
+    for pair in pairs:
+      i, j = (names.index(name) for name in pair["pair"])
+      matrix[i, j] = matrix[j, i] = pair["overall"]
+    axis.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+    for i, j in np.ndindex(matrix.shape):
+      color = "white" if matrix[i, j] < 0.6 else "black"
+      axis.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", color=color)
+    labels = [name.replace("_", " ") for name in names]
+    axis.set_xticks(range(len(names)), labels, rotation=40, ha="right")
+    axis.set_yticks(range(len(names)), labels)
+    axis.set_title(f"Jaccard index: {title}")
+  figure.savefig(path, dpi=80)
+  plt.close(figure)
+
+
 class _Point(NamedTuple):
   """A row of a table in the figure of costs; accuracies and sparsity in per cent."""
 

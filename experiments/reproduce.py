@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import tyro
 
-from experiments import commands, data, lanes, plots, records
+from experiments import commands, data, lanes, plots, records, similarity
 from experiments import train as train_lib
 from experiments.recipe import Published
 from experiments.recipes import of_row
@@ -83,6 +83,14 @@ def reproduce(options: Options) -> tuple[str, list[str]]:
   results = _read_results(table, options.results)
   recipes = {row: of_row(row) for row in table.rows}
   plots.plot_table(options.results / f"{options.table}.png", table, recipes, results)
+  if table.compared:
+    similarity_path = options.results / f"{options.table}-similarity.json"
+    if options.train and not similarity_path.exists() and not failures:
+      runs = {name: _make_run(options, row, table.seeds[0]) for name, row in table.compared.items()}
+      records.replace_file(similarity_path, records.to_json(similarity.measure(runs)))
+    if similarity_path.exists():
+      found = records.read_json(similarity_path)
+      plots.plot_similarity(options.results / f"{options.table}-similarity.png", found)
   if table.by_cost:
     plots.plot_costs(options.results / f"{options.table}-cost.png", table, recipes, results)
   return text, failures
@@ -117,21 +125,25 @@ def _train_missing(options: Options, table: Table) -> list[str]:
 def _missing_runs(options: Options, table: Table, name: str) -> list[list[Run]]:
   """The runs of a recipe that have no result, those together that are trained side by side."""
   runs = [
-    Run(
-      of_row(row),
-      name,
-      seed,
-      data_dir=options.data_dir,
-      out=options.runs / row.name / f"seed{seed}",
-      device=options.device,
-      deterministic=options.deterministic,
-    )
+    _make_run(options, row, seed)
     for row in {row.name: row for row in table.rows if row.recipe == name}.values()
     for seed in options.seeds or table.seeds
     if not _path(options.results, row.name, seed).exists()
   ]
   size = table.lanes if runs and lanes.fit_in_lanes(runs[0].recipe) else 1
   return [runs[i : i + size] for i in range(0, len(runs), size)]
+
+
+def _make_run(options: Options, row: Row, seed: int) -> Run:
+  return Run(
+    of_row(row),
+    row.recipe,
+    seed,
+    data_dir=options.data_dir,
+    out=options.runs / row.name / f"seed{seed}",
+    device=options.device,
+    deterministic=options.deterministic,
+  )
 
 
 def make_table(name: str, folder: pathlib.Path) -> str:

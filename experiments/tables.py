@@ -1,7 +1,7 @@
 """The tables that `experiments.reproduce` makes: which runs stand in which."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 SEEDS = (42, 123, 456, 789, 999)
@@ -39,12 +39,15 @@ class Table:
     seeds: of each recipe.
     by_cost: whether there is a figure of accuracy over epochs of training too.
     lanes: so many runs of a recipe are trained side by side where they can be.
+    compared: rows that differ in the criterion by which weights are dropped, by its name, for a
+      figure of how far these agree.
   """
 
   blocks: dict[str, Series]
   seeds: tuple[int, ...] = SEEDS
   by_cost: bool = False
   lanes: int = 1
+  compared: Mapping[str, Row] = dataclasses.field(default_factory=dict)
 
   @property
   def rows(self) -> tuple[Row, ...]:
@@ -124,6 +127,13 @@ def _grid(prefix: str, densities: Iterable[float]) -> dict[str, Series]:
       "dense": _rows((f"{prefix}-dense",)),
     }
     for grow in ("gradient", "random")
+  }
+
+
+def _compared(prefix: str) -> dict[str, Row]:
+  """As in Fantastic Weights: growth by gradient, a fifth of the weights."""
+  return {
+    name.replace("-", "_"): Row(f"{prefix}-{name}-gradient", sparsity=0.8) for name in _CRITERIA
   }
 
 
@@ -243,9 +253,16 @@ TABLES = {
     _GRID_SEEDS,
   ),
   # The grid of Fantastic Weights in a short time, and as published on its networks.
-  "criteria": Table(_grid("lenet300-mnist-e20", (0.5, 0.2, 0.1, 0.05)), _GRID_SEEDS, lanes=12),
+  "criteria": Table(
+    _grid("lenet300-mnist-e20", (0.5, 0.2, 0.1, 0.05)),
+    _GRID_SEEDS,
+    lanes=12,
+    compared=_compared("lenet300-mnist-e20"),
+  ),
   **{
-    f"criteria-{network}": Table(_grid(prefix, _GRID_DENSITIES), _GRID_SEEDS, lanes=33)
+    f"criteria-{network}": Table(
+      _grid(prefix, _GRID_DENSITIES), _GRID_SEEDS, lanes=33, compared=_compared(prefix)
+    )
     for network, prefix in (
       ("mlp", "mlp-cifar10"),
       ("convnet", "convnet-small-cifar10"),
