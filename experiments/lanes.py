@@ -83,8 +83,9 @@ def train_lanes(
       bar.update(len(metrics))
       for epoch in range(len(metrics), recipe.epochs):
         started = time.perf_counter()
-        if started + 1.5 * longest > deadline:
-          if metrics and len(metrics) not in saved.epochs:
+        # Each session trains one epoch at least.
+        if longest and started + 1.5 * longest > deadline:
+          if len(metrics) not in saved.epochs:
             saved.save(state, metrics)
           return None
         state, trained = jax.block_until_ready(epoch_fn(state, train))

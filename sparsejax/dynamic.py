@@ -9,7 +9,7 @@ momentum. Training may start sparse; the parameters that it starts from are then
 """
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import get_args
 
 import jax
@@ -133,15 +133,28 @@ def dynamic_sparse_training(
     Nowak et al., `Fantastic Weights and How to Find Them: Where to Prune in Dynamic Sparse Training
     <https://arxiv.org/abs/2306.12230>`_, 2023
   """
+  transform.check_inner(inner)
   every = arguments.check_integer("every", every, at_least=1)
   begin = arguments.check_integer("begin", begin, at_least=0)
   if end is not None:
     end = arguments.check_integer("end", end, at_least=0)
     if begin > end:
-      raise ValueError(f"begin must not exceed end, got begin={begin} and end={end}.")
+      raise ValueError(f"masks would never change: first at call {begin}, but not after end={end}.")
   drop, grow = criteria.resolve(drop, "drop"), criteria.resolve(grow, "grow")
   first, sparsity = _check_start(sparsity, masks, ramp, initial)
   criteria.check_key(key, drop, grow)
+  if not exact_growth and grow in criteria.BY_NAME.values() and grow is not criteria.random:
+    raise ValueError("growth that is not exact is for random growth only: pass grow=random.")
+  for name, function in (("ramp", ramp), ("redistribute", redistribute)):
+    if function is not None and not callable(function):
+      raise ValueError(f"{name} must be a function, got {function!r}.")
+  allocation_lib.resolve(ramp_allocation)
+  is_global = allocation_lib.resolve(ramp_allocation) is None and not _is_tree(sparsity)
+  if ramp is not None and redistribute is not None and not is_global:
+    raise ValueError(
+      "a ramp for each layer and `redistribute` would both decide how sparse a layer is: pass one"
+      ' sparsity and ramp_allocation="global".'
+    )
   if rounding not in get_args(Rounding):
     raise ValueError(f"rounding must be one of {get_args(Rounding)}, got {rounding!r}.")
   if moments != "kept" and grow is criteria.momentum:
@@ -160,7 +173,6 @@ def dynamic_sparse_training(
     )
   ]
   if ramp is not None:
-    allocation_lib.resolve(ramp_allocation)
     goal = _ramped(sparsity, initial, ramp)
     stages.insert(0, rules.prune_lowest(goal, ramp_allocation, drop))
   return transform.masked_updates(
@@ -450,6 +462,9 @@ def static_sparse_training(
   Raises:
     ValueError: as `sparsejax.dynamic_sparse_training` does.
   """
+  transform.check_inner(inner)
+  if sparsity is None:
+    raise ValueError("sparsity must be a number in [0, 1), got None.")
   sparsity = arguments.check_sparsity("sparsity", sparsity)
   return transform.masked_updates(
     lambda call: call.masks,
@@ -489,8 +504,7 @@ def _initial_masks(
   """The masks that training starts with, as `transform.masked_updates` takes them."""
   is_given, is_dense = masks is not None, isinstance(sparsity, float) and sparsity == 0
   # Weights of given sparsities per leaf are drawn too: an allocation has nothing to do there.
-  is_scalar = jax.tree_util.treedef_is_leaf(jax.tree.structure(sparsity))
-  by_magnitude = is_scalar and allocation_lib.resolve(allocation) is None
+  by_magnitude = allocation_lib.resolve(allocation) is None and not _is_tree(sparsity)
   if is_given:
     masks_lib.check_boolean(masks)
   elif key is None and not (is_dense or by_magnitude):
@@ -501,8 +515,9 @@ def _initial_masks(
 
   def initial_masks(params, pool):
     if is_given:
-      masks_lib.check_same_structure(masks, params, "the masks", "the parameters")
-      return masks_lib.pick(pool, masks, "the parameters", "the masks")
+      found = masks_lib.by_name(masks, params, pool)
+      _check_all_true(masks, besides=masks_lib.leaves_by_name(pool))
+      return found
     if is_dense:
       return masks_lib.all_true(pool)
     allocation_lib.check_leaves(sparsity, params, pool)
@@ -524,6 +539,17 @@ def _initial_masks(
     )
 
   return initial_masks
+
+
+def _check_all_true(masks: PyTree, besides: Container[str]) -> None:
+  """Raises a ValueError if masks are known to prune leaves besides those named."""
+  for name, mask in masks_lib.leaves_by_name(masks).items():
+    if name not in besides and not isinstance(mask, jax.core.Tracer) and not np.all(mask):
+      raise ValueError(f"the masks prune {name!r}, which is not prunable: see `prunable`.")
+
+
+def _is_tree(sparsity: PyTree) -> bool:
+  return not jax.tree_util.treedef_is_leaf(jax.tree.structure(sparsity))
 
 
 def _ramped(sparsity: PyTree, initial: float, ramp: optax.Schedule) -> rules.Goal:

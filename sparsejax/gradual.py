@@ -1,5 +1,6 @@
 """From dense to sparse during training. What is pruned stays pruned, unless weights are kept."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -307,28 +308,16 @@ def fixed_masks(masks: PyTree) -> optax.GradientTransformationExtraArgs:
      [0. 4.]]
   """
   masks_lib.check_boolean(masks)
-  given, unmasked = masks_lib.leaves_and_masked_nodes(masks)
+  _, unmasked = masks_lib.leaves_and_masked_nodes(masks)
 
   def is_masked(path, leaf):
     is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
     return is_float and not masks_lib.lies_in(masks_lib.path_name(path), unmasked)
 
-  def initial_masks(params, pool):
-    # By name, so that masks may be restored as a plain dictionary, and with a group's masks only
-    # where the parameters are those of a group.
-    weights, other_groups = masks_lib.leaves_and_masked_nodes(params)
-    masks_lib.check_same_shapes(
-      {name: m for name, m in given.items() if not masks_lib.lies_in(name, other_groups)},
-      {name: p for name, p in weights.items() if not masks_lib.lies_in(name, unmasked)},
-      "the masks",
-      "the parameters",
-    )
-    return jax.tree_util.tree_map_with_path(lambda path, _: given[masks_lib.path_name(path)], pool)
-
   return transform.masked_updates(
     lambda call: call.masks,
     due=lambda count: False,
-    initial_masks=initial_masks,
+    initial_masks=functools.partial(masks_lib.by_name, masks),
     prunable=is_masked,
   )
 

@@ -213,6 +213,32 @@ def pick(template: PyTree, tree: PyTree, name_template: str, name_tree: str) -> 
   return picked
 
 
+def by_name(masks: PyTree, params: PyTree, pool: PyTree) -> PyTree:
+  """The masks of the leaves of a pool, found by name.
+
+  So they may be restored as a plain dictionary, and be those of a whole network where the
+  parameters are those of a group.
+
+  Args:
+    masks: boolean; `optax.MaskedNode()` stands for leaves without a mask.
+    params: the parameters; `optax.MaskedNode()` stands for other groups.
+    pool: the parameters that are to have masks, with `optax.MaskedNode()` in place of the others.
+
+  Raises:
+    ValueError: if masks are missing, left over, or have other shapes.
+  """
+  check_boolean(masks)
+  given, unmasked = leaves_and_masked_nodes(masks)
+  weights, other_groups = leaves_and_masked_nodes(params)
+  check_same_shapes(
+    {name: m for name, m in given.items() if not lies_in(name, other_groups)},
+    {name: p for name, p in weights.items() if not lies_in(name, unmasked)},
+    "the masks",
+    "the parameters",
+  )
+  return jax.tree_util.tree_map_with_path(lambda path, _: given[path_name(path)], pool)
+
+
 def is_masked_node(x: Any) -> bool:
   return isinstance(x, optax.MaskedNode)
 

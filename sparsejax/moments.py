@@ -65,7 +65,8 @@ def find_moments(state: PyTree, pool: PyTree) -> list[tuple[jax.Array, jax.Array
   def of_leaf(path, leaf):
     for first, second in pairs:
       if path in first and _is_moment(first[path], leaf):
-        return first[path], second.get(path)
+        has_second = path in second and _is_moment(second[path], leaf)
+        return first[path], second[path] if has_second else None
     names = ", ".join(sorted({type(part).__name__ for part in _parts(state)}))
     raise ValueError(
       "growth by momentum needs an inner optimizer that keeps a first moment of each weight, such"

@@ -146,7 +146,7 @@ def drop_and_grow(
     else:
       chance = number.to_float() / jnp.maximum(capacity.to_float(), 1)
       uniform = _scores("grow", grow, call, number)
-      grown = [c & (u > 1 - p) for c, u, p in zip(candidates, uniform, chance)]
+      grown = [c & (u >= 1 - p) for c, u, p in zip(candidates, uniform, chance)]
     return jax.tree.unflatten(treedef, [k | g for k, g in zip(kept, grown)])
 
   return stage
@@ -158,13 +158,14 @@ def shared_out(number: Count, capacity: Count, weights: jax.Array) -> Count:
   Args:
     number: whose sum is shared out, a vector of counts below 2**32.
     capacity: the most that each layer takes, in all at least that sum.
-    weights: non-negative numbers.
+    weights: non-negative numbers; if all are zero, each layer gets its number.
 
   Returns:
     A vector with the same sum.
   """
   total, limit = counts.total(number.low)[0], capacity.to_float()
   weights = jnp.where((weights > 0) & jnp.isfinite(weights), weights, 0)
+  weights = jnp.where(jnp.any(weights > 0), weights, number.to_float())
 
   def fill(_, share):
     # What a layer cannot take goes to those that are not full, until all fits.

@@ -118,8 +118,8 @@ def masked_updates(
     skip_step: whether the inner optimizer makes no step when masks change.
     moments: what happens to those of the inner optimizer (see `sparsejax.moments`):
 
-      - "masked": they are zero wherever a weight is not active, and the inner optimizer gets zero
-        for the gradients of such weights.
+      - "masked": the inner optimizer finds them zero wherever a weight is not active, and gets zero
+        for the gradient of such a weight.
       - "reset": it gets that too, and moments of dropped weights fade as it lets them; they are set
         to zero when the weight grows again.
       - "kept": it gets all gradients, so that weights grow with the momentum that they would have.
@@ -199,12 +199,8 @@ def masked_updates(
     inner_state = state.inner
     if after_step:
       updates, inner_state = step(state.masks, state.masks, inner_state)
-      weights = jax.tree.map(
-        lambda m, p, u: jnp.where(m, (p + u).astype(p.dtype), 0),
-        state.masks,
-        weights,
-        masks_lib.pick(state.masks, updates, "the masks", "the updates"),
-      )
+      made = masks_lib.pick(state.masks, updates, "the masks", "the updates")
+      weights = _masked(state.masks, optax.apply_updates(weights, made))
     masks, survivors, statistics = change(weights, inner_state)
     if moments == "masked":
       inner_state = map_moments(_zero_unless, inner_state, survivors)
@@ -218,8 +214,6 @@ def masked_updates(
       updates, inner_state = step(masks, survivors, inner_state)
       if skip_step:
         updates, inner_state = _select(is_due, nothing, (updates, inner_state))
-      if moments == "masked":
-        inner_state = map_moments(_zero_unless, inner_state, masks)
       # What grows starts at zero, whatever its value was.
       updates = _map_masked(lambda s, u, p: _where(s, u, u - p), survivors, updates, params)
     if not keep_weights:
@@ -273,18 +267,24 @@ def check_prunable(params: PyTree, masks: PyTree) -> None:
       )
 
 
+def check_inner(inner: Any) -> None:
+  """Raises a ValueError if this is no optimizer."""
+  if not isinstance(inner, optax.GradientTransformation):
+    raise ValueError(f"inner must be an optimizer, such as optax.sgd(0.1), got {inner!r}.")
+
+
 def _check_combination(inner, after_step, skip_step, moments, keep_weights) -> None:
   """Raises a ValueError if arguments contradict each other."""
-  if inner is None and (after_step or skip_step):
-    raise ValueError("after_step and skip_step are about the step of an inner optimizer: pass one.")
-  if inner is not None and not isinstance(inner, optax.GradientTransformation):
-    raise ValueError(f"inner must be an optimizer, such as optax.sgd(0.1), got {inner!r}.")
+  if moments not in get_args(Moments):
+    raise ValueError(f"moments must be one of {get_args(Moments)}, got {moments!r}.")
+  if inner is None and (after_step or skip_step or moments != "masked"):
+    raise ValueError("after_step, skip_step and moments are about an inner optimizer: pass one.")
+  if inner is not None:
+    check_inner(inner)
   if inner is not None and keep_weights:
     raise ValueError("keep_weights is for links after an optimizer, not with an inner one.")
   if after_step and skip_step:
     raise ValueError("a step that is skipped leaves nothing: pass after_step or skip_step.")
-  if moments not in get_args(Moments):
-    raise ValueError(f"moments must be one of {get_args(Moments)}, got {moments!r}.")
 
 
 def _changed(
@@ -292,22 +292,23 @@ def _changed(
 ) -> tuple[PyTree, PyTree]:
   """The masks after a call, and where weights have been active all the time."""
 
-  def changed(call):
-    before, found = call.masks, []
+  def changed(call=call):
+    found = []
     for stage in stages:
       masks = stage(call)
-      masks_lib.pick(before, masks, "the masks", "the masks that the rule returns")
-      masks = jax.tree.map(lambda m, b: jnp.where(is_due, m, b), masks, before)
+      masks_lib.pick(call.masks, masks, "the masks", "the masks that the rule returns")
+      masks = jax.tree.map(lambda m, before: jnp.where(is_due, m, before), masks, call.masks)
       call = call._replace(masks=masks, params=_masked(masks, call.params))
       found.append(masks)
     return found
 
-  found = jax.lax.cond(
-    _in_any_lane(is_due), lambda: changed(call), lambda: [call.masks] * len(stages)
+  # What the rule looks at is all that goes in: updates among the operands would be written to
+  # memory at each step, for nothing.
+  found = jax.lax.cond(_in_any_lane(is_due), changed, lambda: [call.masks] * len(stages))
+  survivors = jax.tree.map(
+    lambda *each: functools.reduce(jnp.logical_and, each), call.masks, *found
   )
-  return found[-1], jax.tree.map(
-    lambda *masks: functools.reduce(jnp.logical_and, masks), call.masks, *found
-  )
+  return found[-1], survivors
 
 
 def _masked(masks: PyTree, tree: PyTree) -> PyTree:

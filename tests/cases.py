@@ -133,9 +133,9 @@ class Case(NamedTuple):
     """The link for these parameters, with some of its arguments changed; a wrapper of nothing."""
     return self.link(**(self.arguments(params) | changes))
 
-  def optimizer(self, params, sgd=optax.sgd(0.1, momentum=0.9), **changes):
+  def optimizer(self, params, sgd=None, **changes):
     """With what would revive weights, momentum and weight decay, before or in it."""
-    step = optax.chain(optax.add_decayed_weights(1e-2), sgd)
+    step = optax.chain(optax.add_decayed_weights(1e-2), sgd or optax.sgd(0.1, momentum=0.9))
     if self.wraps:
       return self.build(params, inner=step, **changes)
     return optax.chain(step, self.build(params, **changes))
