@@ -115,15 +115,13 @@ def train_lanes(
 
 def _check_alike(runs: Sequence[Run]) -> None:
   """Raises a ValueError if runs differ in more than seed, sparsity and folder."""
-  kinds = {
-    dataclasses.replace(
-      run, seed=0, out=None, recipe=dataclasses.replace(run.recipe, sparsity=0.5, published=None)
-    )
-    for run in runs
-  }
+  first, *others = [
+    dataclasses.replace(run, seed=0, out=None, recipe=runs[0].recipe) for run in runs
+  ]
+  recipe, *recipes = [dataclasses.asdict(run.recipe) | {"sparsity": None} for run in runs]
+  if any(run != first for run in others) or any(each != recipe for each in recipes):
+    raise ValueError("lanes must differ in seed, sparsity and folder alone")
   sparsities = {run.recipe.sparsity for run in runs}
-  if len(kinds) > 1:
-    raise ValueError(f"lanes must differ in seed and sparsity alone, got {kinds}")
   if len(sparsities) > 1 and not fit_in_lanes(runs[0].recipe):
     raise ValueError("lanes of one program must have the same sparsity where a ramp leads to it")
 

@@ -49,6 +49,12 @@ def test_lanes_come_to_what_separate_runs_come_to(tmp_path):
   assert len({result["test_accuracy"] for result in results}) > 1
 
 
+def test_dense_networks_are_trained_in_lanes_too(tmp_path):
+  dense = dataclasses.replace(DIGITS, sparsity=0.0, epochs=1, dynamic=Dynamic())
+  runs = [Run(dense, "digits", seed, out=tmp_path / f"seed{seed}") for seed in (1, 2)]
+  assert [r["pruned"] for r in lanes.train_lanes(runs, tmp_path / "lanes")] == [0, 0]
+
+
 def test_lanes_that_were_cut_resume_to_the_same_bits(tmp_path):
   whole = lanes.train_lanes(make_runs(tmp_path / "whole"), tmp_path / "whole-lanes")
   # Even a limit that is over at once leaves time for one epoch.
@@ -64,7 +70,7 @@ def test_lanes_that_were_cut_resume_to_the_same_bits(tmp_path):
 def test_lanes_that_differ_in_more_than_seed_and_sparsity_are_an_error(tmp_path):
   first, *rest = make_runs(tmp_path)
   other = dataclasses.replace(first, recipe=dataclasses.replace(first.recipe, epochs=4))
-  with pytest.raises(ValueError, match="differ in seed and sparsity alone"):
+  with pytest.raises(ValueError, match="differ in seed, sparsity and folder alone"):
     lanes.train_lanes([other, *rest], tmp_path / "lanes")
   ramp = dataclasses.replace(DIGITS, dynamic=Dynamic(), sparsity=0.5, prune_epochs=2)
   assert not lanes.fit_in_lanes(ramp)
