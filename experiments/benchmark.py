@@ -118,35 +118,53 @@ def benchmark_selection(options: Options) -> list[dict[str, Any]]:
 def benchmark_step(options: Options) -> list[dict[str, Any]]:
   """Optimizer steps with donated buffers: for each tree, one a call and a scan of them."""
   sgd = optax.sgd(0.1, momentum=0.9)
-  ramp = optax.linear_schedule(0.0, options.sparsity, transition_steps=1000)
-  optimizers = [
-    sgd,
-    optax.chain(sgd, sparsejax.one_shot_pruning(options.sparsity, at=2**30)),
-    optax.chain(sgd, sparsejax.gradual_pruning(ramp, every=1)),
-  ]
   rows = []
   for name, length in itertools.product(options.trees, (1, 16)):
     shapes = shapes_of(name)
+    methods = _methods(sgd, options.sparsity)
     with _count_compilations() as compilations:
+      optimizers = [sgd, *itertools.chain.from_iterable(methods.values())]
       steps = [_make_steps(tx, shapes, length) for tx in optimizers]
       before = len(compilations)
-      times = _take_turns(steps, options.rounds)
-      bare, pruning, changing = (seconds / length for seconds in times)
+      bare, *times = (s / length for s in _take_turns(steps, options.rounds))
       later = len(compilations) - before
-    rows.append(
-      {
-        "tree": name,
-        "steps a call": str(length),
-        "parameters": f"{sum(math.prod(shape) for shape in shapes):,}",
-        "SGD": _milliseconds(bare),
-        "with pruning, masks kept": _milliseconds(pruning),
-        "ratio": f"{pruning / bare:.2f}",
-        "masks changed": _milliseconds(changing),
-        "ratio of that": f"{changing / bare:.1f}",
-        "compilations after the first call": str(later),
-      }
-    )
+    for method, kept, changed in zip(methods, times[::2], times[1::2]):
+      rows.append(
+        {
+          "tree": name,
+          "parameters": f"{sum(math.prod(shape) for shape in shapes):,}",
+          "steps a call": str(length),
+          "SGD": _milliseconds(bare),
+          "method": method,
+          "masks kept": _milliseconds(kept),
+          "ratio": f"{kept / bare:.2f}",
+          "masks changed": _milliseconds(changed),
+          "ratio of that": f"{changed / bare:.1f}",
+          "compilations after the first call": str(later),
+        }
+      )
   return rows
+
+
+def _methods(sgd: optax.GradientTransformation, sparsity: float) -> dict[str, tuple[Any, Any]]:
+  """Methods by name: one whose masks stay as they are, and one that changes them at each call."""
+  ramp = optax.linear_schedule(0.0, sparsity, transition_steps=1000)
+  never = 2**30
+
+  def dynamic(method, **options):
+    make = functools.partial(
+      method, sgd, sparsity=sparsity, end=2**31 - 1, fraction=0.3, key=jax.random.key(0), **options
+    )
+    return make(every=never), make(every=1)
+
+  return {
+    "link": (
+      optax.chain(sgd, sparsejax.one_shot_pruning(sparsity, at=never)),
+      optax.chain(sgd, sparsejax.gradual_pruning(ramp, every=1)),
+    ),
+    "RigL": dynamic(sparsejax.rigl),
+    "GraNet": dynamic(sparsejax.granet, steps=1000, initial=0.5 * sparsity),
+  }
 
 
 # How many training images each data set has, and their shape.

@@ -246,6 +246,8 @@ def _draw(
   path: pathlib.Path, panels: Sequence[tuple[str, Callable[[Axes], None]]], xlabel: str
 ) -> None:
   """Draws each panel, a title and a function, on axes of its own, at most two in a line."""
+  if not panels:
+    return
   columns, lines = min(max(len(panels), 1), 2), max(math.ceil(len(panels) / 2), 1)
   figure, axes = plt.subplots(
     lines, columns, figsize=(7 * columns, 5 * lines), layout="constrained", squeeze=False
