@@ -3,12 +3,14 @@
     python -m experiments.benchmark selection
     python -m experiments.benchmark step
     python -m experiments.benchmark training
+    python -m experiments.benchmark loader [--data-dir DIR]
 
 `selection` picks the fraction of smallest magnitudes, against `jnp.argsort` of the concatenated
 scores. `step` is SGD with momentum and `optax.apply_updates`, alone and with pruning as last link,
 at calls that keep the masks and at calls that change them; once with a step for each call from
 Python, and once with the steps in a scan, as those of an epoch are. `training` is whole epochs of a
-recipe on random pixels, with its pruning and without. Each figure is the median over rounds in
+recipe on random pixels, with its pruning and without. `loader` is the host's work for ImageNet, or
+for images in its shape if no directory is given. Each figure is the median over rounds in
 which all variants take turns.
 """
 
@@ -17,6 +19,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +32,7 @@ import optax
 import tyro
 
 import sparsejax
-from experiments import commands, training
+from experiments import commands, loading, training
 from experiments.models import MODELS
 from experiments.published import Dataset
 from experiments.recipe import Recipe
@@ -40,7 +43,7 @@ from experiments.recipes import RECIPES
 class Options:
   """Measures the library against plain JAX."""
 
-  what: tyro.conf.Positional[Literal["selection", "step", "training"]]
+  what: tyro.conf.Positional[Literal["selection", "step", "training", "loader"]]
   """What to measure."""
   trees: tuple[Literal["lenet300", "resnet18", "resnet50"], ...] = (
     "lenet300",
@@ -55,7 +58,12 @@ class Options:
   unroll: tuple[int, ...] = (1,)
   """How many steps of an epoch are written out in one turn of its loop."""
   images: int = 0
-  """Training images, before some are held out; 0: as many as the data set has."""
+  """Training images, before some are held out; 0: as many as the data set has, or 1,024 for the
+  loader."""
+  workers: tuple[int, ...] = (0, 1, 2)
+  """How many processes decode images, for the loader; 0: threads of this one do."""
+  data_dir: pathlib.Path | None = None
+  """Directory of ImageNet, for the loader."""
   sparsity: float = 0.729
   """The fraction to prune."""
   rounds: int = 7
@@ -68,6 +76,7 @@ class Options:
         "sparsity": (0 <= self.sparsity < 1, "in [0, 1)"),
         "rounds": (self.rounds >= 1, "at least 1"),
         "unroll": (min(self.unroll, default=0) >= 1, "at least 1"),
+        "workers": (min(self.workers, default=-1) >= 0, "at least 0"),
         "images": (self.images >= 0, "at least 0"),
       },
     )
@@ -225,6 +234,13 @@ def benchmark_training(options: Options) -> list[dict[str, Any]]:
   return rows
 
 
+def benchmark_loader(options: Options) -> list[dict[str, Any]]:
+  """Decodes and crops images: one row for each number of processes."""
+  return loading.measure_loader(
+    options.data_dir, options.workers, images=options.images or 1024, rounds=options.rounds
+  )
+
+
 def _random_images(count: int, shape: Sequence[int]) -> Dataset:
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (count, *shape), np.uint8)
@@ -348,6 +364,7 @@ def main(args: list[str] | None = None) -> None:
       "selection": benchmark_selection,
       "step": benchmark_step,
       "training": benchmark_training,
+      "loader": benchmark_loader,
     }[options.what]
     print(to_markdown(benchmark(options)))
 

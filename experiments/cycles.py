@@ -172,14 +172,10 @@ def _describe_epoch(
   seconds: float,
 ) -> Line:
   """The line of an epoch in `metrics.jsonl`."""
-  size = trainer.held_out.labels.size
+  size = trainer.held_out.size
   held_out = trainer.validate(state, trainer.held_out) if size else None
-  if size >= 100:
-    watched = held_out
-  else:  # A few images may have the same output by chance.
-    train = trainer.train
-    first = train._replace(index=train.index[:1000], labels=train.labels[:1000])
-    watched = trainer.validate(state, first)
+  # A few images may have the same output by chance.
+  watched = held_out if size >= 100 else trainer.validate(state, trainer.train.first(1000))
   device = next(iter(state.step.devices()))
   line = make_line(epoch, trained, held_out, bool(watched.constant), seconds, device)
   if line["sparsity"] > recipe.best_above:

@@ -14,13 +14,13 @@ import threading
 
 import numpy as np
 
-from experiments import prepare, published
+from experiments import imagenet, prepare, published
 from experiments.published import DataNotFound, Dataset
 
 _PROBE_SECONDS = 0.6
 
 
-def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset | imagenet.Imagenet:
   """Loads a data set by name.
 
   The digits come with scikit-learn. The others are taken from the first of these that exists:
@@ -29,11 +29,13 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
   2. a prepared TFDS data set in ArrayRecord format, which is read without TensorFlow;
   3. a download through TFDS, which is kept as such a prepared data set.
 
+  ImageNet must be the second of these, and stays on the disk.
+
   Images keep the publishers' order in all cases but one: an MNIST or Fashion-MNIST that TFDS itself
   has prepared is in the order of TFDS, which shuffles and keeps no index.
 
   Args:
-    name: "digits", "mnist", "fashion_mnist", "cifar10" or "cifar100".
+    name: "digits", "mnist", "fashion_mnist", "cifar10", "cifar100" or "imagenet2012".
     data_dir: the only directory to look in and to download to. By default those named by the
       environment variables SPARSEJAX_DATA and TFDS_DATA_DIR, the latter with TFDS's own default
       of ~/tensorflow_datasets.
@@ -51,8 +53,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
   """
   if name == "digits":
     return _digits()
-  if name not in published.PUBLISHED:
-    known = ", ".join(["digits", *published.PUBLISHED])
+  if name not in published.PUBLISHED and name != imagenet.NAME:
+    known = ", ".join(["digits", *published.PUBLISHED, imagenet.NAME])
     raise ValueError(f"Unknown data set {name!r}: choose one of {known}.")
   if data_dir is not None:
     roots = [pathlib.Path(data_dir)]
@@ -60,6 +62,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     tfds_dir = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     named = [os.environ.get("SPARSEJAX_DATA"), tfds_dir]
     roots = [pathlib.Path(root).expanduser() for root in named if root]
+  if name == imagenet.NAME:
+    return _open_imagenet(roots)
   for root in roots:
     if (directory := published.find_files(name, root)) is not None:
       return published.read_files(name, directory)
@@ -102,6 +106,21 @@ def _digits() -> Dataset:
     test_labels=labels[test],
     mean=(float(pixels.mean()),),
     std=(float(pixels.std()),),
+  )
+
+
+def _open_imagenet(roots: list[pathlib.Path]) -> imagenet.Imagenet:
+  for root in roots:
+    if (directory := _find_prepared(imagenet.NAME, root)) is not None:
+      return imagenet.open_prepared(directory)
+  raise DataNotFound(
+    f"The data set {imagenet.NAME!r} is not in {' or '.join(map(str, roots))}. It cannot be "
+    "downloaded without registration. Name with data_dir or TFDS_DATA_DIR the directory of a TFDS "
+    "data set prepared in ArrayRecord format. There are two ways to make it:\n"
+    "  1. from ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of image-net.org, in a "
+    f"directory SOURCE: `tfds build {imagenet.NAME} --manual_dir=SOURCE --data_dir=DIR "
+    "--file_format=array_record`;\n"
+    "  2. from one that TFDS has prepared in another format: `tfds convert_format`."
   )
 
 

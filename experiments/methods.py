@@ -1,5 +1,7 @@
 """How a recipe optimizes and prunes: its optimizer, its masks, and its lottery tickets."""
 
+import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -40,7 +42,9 @@ def make_optimizer(
   """
   sgd = optax.chain(
     optax.clip_by_global_norm(recipe.clip_norm) if recipe.clip_norm else optax.identity(),
-    optax.add_decayed_weights(recipe.weight_decay),
+    optax.add_decayed_weights(
+      recipe.weight_decay, _is_decayed(recipe.undecayed) if recipe.undecayed else None
+    ),
     optax.sgd(
       make_learning_rate(recipe, steps_per_epoch),
       momentum=recipe.momentum,
@@ -56,7 +60,29 @@ def make_optimizer(
   return sgd
 
 
+def _is_decayed(undecayed: str) -> Callable[[PyTree], PyTree]:
+  """A function from parameters to whether each has weight decay."""
+
+  def is_decayed(path, _):
+    return not re.search(undecayed, jax.tree_util.keystr(path, simple=True, separator="/"))
+
+  return functools.partial(jax.tree_util.tree_map_with_path, is_decayed)
+
+
 def make_learning_rate(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
+  """The falling learning rate, and its first epochs, in which it rises."""
+  falling = _make_falling_rate(recipe, steps_per_epoch)
+  if not recipe.warmup_epochs:
+    return falling
+
+  def rate(count):
+    share = (count // steps_per_epoch + 1) / (recipe.warmup_epochs + 1)
+    return falling(count) * jnp.minimum(share, 1.0)
+
+  return rate
+
+
+def _make_falling_rate(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
   """Steps down, or a cosine that changes from epoch to epoch, may rise again, or start anew."""
   if recipe.milestones:
     steps = {round(m * steps_per_epoch): recipe.milestone_factor for m in recipe.milestones}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Literal
 
 import tyro
@@ -66,7 +67,7 @@ class Dynamic:
 class Recipe:
   """All that decides the outcome of a run, but the seed."""
 
-  data: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100"]
+  data: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagenet2012"]
   """Data set."""
   model: Literal[tuple(MODELS)]
   """Network."""
@@ -124,7 +125,9 @@ class Recipe:
   clip_norm: float = 0.0
   """Gradients that exceed this global norm are scaled down to it, before weight decay; 0: none."""
   weight_decay: float = 5e-4
-  """Added to the gradient, for all parameters."""
+  """Added to the gradient, for all parameters but the following."""
+  undecayed: str = ""
+  """A regular expression: parameters whose path, with slashes, has a match have no weight decay."""
   final_learning_rate: float = 0.0
   """At the foot of the cosine."""
   half_period: int = 0
@@ -133,9 +136,13 @@ class Recipe:
   """Epochs after which the learning rate falls to a part of it, in place of the cosine."""
   milestone_factor: float = 0.1
   """That part."""
+  warmup_epochs: int = 0
+  """So many epochs, n, have 1 / (n + 1), 2 / (n + 1), ... of the learning rate."""
   restart_epoch: int = 0
   """The epoch, from 0, at whose start the learning rate begins a second cosine, so that it has
   fallen to the foot twice; 0: none."""
+  image_size: int = 224
+  """Height and width of streamed images after cropping; those in memory keep theirs."""
   train_images: int = 0
   """Only so many of the training images are used; 0: all."""
   validation: float = 0.11
@@ -179,6 +186,10 @@ class Recipe:
           f"in (0, {self.epochs}), in order",
         ),
         "milestone_factor": (0 < self.milestone_factor < 1, "in (0, 1)"),
+        "warmup_epochs": (
+          0 <= self.warmup_epochs < self.epochs,
+          f"from 0 to {self.epochs - 1}",
+        ),
         "foresight": (
           self.foresight == "none" or self.sparsity > 0,
           f"none with a sparsity of {self.sparsity}",
@@ -202,11 +213,13 @@ class Recipe:
         "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
         "clip_norm": (self.clip_norm >= 0, "at least 0"),
         "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0 and finite"),
+        "undecayed": (_is_pattern(self.undecayed), "a regular expression"),
         "final_learning_rate": (
           0 <= self.final_learning_rate <= self.learning_rate,
           f"from 0 to the learning rate, {self.learning_rate}",
         ),
         "half_period": (self.half_period >= 0, "at least 0"),
+        "image_size": (self.image_size >= 1, "at least 1"),
         "train_images": (self.train_images >= 0, "at least 0"),
         "validation": (0 <= self.validation < 1, "in [0, 1)"),
         "best_above": (0 <= self.best_above <= 1, "in [0, 1]"),
@@ -230,6 +243,14 @@ class Recipe:
     return cycles * self.epochs - (cycles - 1) * self.rewind_epoch
 
 
+def _is_pattern(text: str) -> bool:
+  try:
+    re.compile(text)
+  except re.error:
+    return False
+  return True
+
+
 def smoke(recipe: Recipe) -> Recipe:
   """A version of a recipe that takes seconds: a narrow network, 512 images, two epochs a cycle."""
   prunes_once = recipe.prune_epochs == 1
@@ -244,8 +265,10 @@ def smoke(recipe: Recipe) -> Recipe:
     rewind_epoch=min(recipe.rewind_epoch, 1),
     half_period=min(recipe.half_period, 1),
     milestones=(1.0,) if recipe.milestones else (),
+    warmup_epochs=min(recipe.warmup_epochs, 1),
     restart_epoch=min(recipe.restart_epoch, 1),
     dynamic=dataclasses.replace(recipe.dynamic, every=3),
+    image_size=32,
     train_images=512,
     # An eighth, so that what is left are full batches.
     validation=0.125 if recipe.validation else 0.0,

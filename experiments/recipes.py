@@ -176,6 +176,7 @@ RECIPES |= baselines.for_vgg19(RECIPES["vgg19-cifar10-98-cosine"])
 #   python -m experiments.train vgg19-cifar10-granet --sparsity 0.95 --data-dir DIR
 #   python -m experiments.train lenet300-mnist-e20-snip-gradient --data-dir DIR
 #   python -m experiments.train lenet300-mnist-98-e40-rigl --data-dir DIR
+#   python -m experiments.train resnet50-imagenet-granet-80 --workers 8 --data-dir DIR
 RECIPES |= sparse_training.published()
 RECIPES |= sparse_training.lenet_grid()
 RECIPES |= sparse_training.on_equal_terms(

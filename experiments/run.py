@@ -32,6 +32,8 @@ class Run:
   """What to train on; it is an error if there is none."""
   deterministic: bool = False
   """Whether a GPU has to give the same bits each time, which is slower. A CPU always does."""
+  workers: int = 0
+  """Processes that decode streamed images; 0: threads of this process do. They change no result."""
   smoke: bool = False
   """Whether to train only a narrow version of the network on 512 images for two epochs a
   cycle."""
@@ -42,6 +44,7 @@ class Run:
       {
         "seed": (self.seed >= 0, "at least 0"),
         "checkpoint_every": (self.checkpoint_every >= 1, "at least 1"),
+        "workers": (self.workers >= 0, "at least 0"),
         "time_limit": (self.time_limit > 0, "positive"),
       },
     )

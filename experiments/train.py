@@ -10,6 +10,7 @@ checkpoint, on this machine or on another, with bit-identical results on a CPU, 
 
 import dataclasses
 import difflib
+import json
 import os
 import sys
 import time
@@ -19,7 +20,7 @@ import jax
 import tyro
 
 import sparsejax
-from experiments import commands, data, methods, plots, records, training
+from experiments import commands, data, imagenet, methods, plots, records, streaming, training
 from experiments.cycles import train_cycles
 from experiments.recipe import Recipe, smoke
 from experiments.recipes import RECIPES
@@ -54,7 +55,7 @@ def train(run: Run) -> dict[str, Any] | None:
       result = records.read_json(path)
       print(f"This run is finished.\n{records.describe_result(recipe, result)}")
       return result
-    trainer = training.make_trainer(recipe, data.load(recipe.data, run.data_dir), run.seed)
+    trainer = make_trainer(run)
     compiling = time.perf_counter()
     state = jax.block_until_ready(trainer.init())
     epoch_fn = trainer.compile_epoch()
@@ -70,6 +71,14 @@ def train(run: Run) -> dict[str, Any] | None:
     summary, result = finish(run, trainer, state, metrics, compile_seconds, provenance)
   print(f"\n{summary}\n\n{records.describe_result(recipe, result)}\nresults in {run.folder}")
   return result
+
+
+def make_trainer(run: Run) -> training.Trainer:
+  """Prepares a run on its data, in memory or streamed."""
+  dataset = data.load(run.recipe.data, run.data_dir)
+  if isinstance(dataset, imagenet.Imagenet):
+    return streaming.make_trainer(run.recipe, dataset, run.seed, workers=run.workers)
+  return training.make_trainer(run.recipe, dataset, run.seed)
 
 
 def finish(
@@ -103,8 +112,9 @@ def finish(
 
 
 def make_config(run: Run) -> dict[str, Any]:
-  """What decides the outcome of a run."""
-  return {"recipe": run.name, "seed": run.seed, **dataclasses.asdict(run.recipe)}
+  """What decides the outcome of a run, as it is read again: with lists in place of tuples."""
+  config = {"recipe": run.name, "seed": run.seed, **dataclasses.asdict(run.recipe)}
+  return json.loads(records.to_json(config))
 
 
 def find_device(kind: str) -> jax.Device:

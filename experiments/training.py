@@ -1,33 +1,24 @@
 """The jitted epoch: data on the device, augmentation and optimizer steps in one scan.
 
-Only networks with convolutions are called step by step on a CPU: see `compile_epoch`.
+Only networks with convolutions are called step by step on a CPU: see `compile_epoch`. Images that
+no memory holds are streamed instead: see `experiments.streaming`.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from flax.training import train_state
 
-import sparsejax
-from experiments import methods
-from experiments.augment import augment, normalize
 from experiments.data import Dataset
+from experiments.imagenet import Stream
+from experiments.learner import EpochMetrics, TrainState, make_learner
 from experiments.methods import Variables
-from experiments.models import MODELS
 from experiments.recipe import Recipe
-
-
-class TrainState(train_state.TrainState):
-  """Parameters, optimizer state, step count, and the running statistics of batch normalisation."""
-
-  batch_stats: Any
 
 
 class Images(NamedTuple):
@@ -41,13 +32,13 @@ class Images(NamedTuple):
   labels: jax.Array  # shape=(count,), dtype=int32
   key: jax.Array  # of their order and augmentation
 
+  @property
+  def size(self) -> int:
+    return self.labels.size
 
-class EpochMetrics(NamedTuple):
-  """What one epoch of training says of itself; scalars."""
-
-  loss: jax.Array
-  accuracy: jax.Array
-  sparsity: jax.Array  # of the prunable weights, at the end of the epoch
+  def first(self, count: int) -> "Images":
+    """The first so many of them."""
+    return self._replace(index=self.index[:count], labels=self.labels[:count])
 
 
 class Evaluation(NamedTuple):
@@ -68,7 +59,7 @@ class Trainer:
     start: (parameters and running statistics, masks, step) -> state, with a fresh optimizer.
     tx: the optimizer of its states; not the masks and the key that they start with.
     epoch: the function (state, training images) -> (state, EpochMetrics), as it is.
-    is_slow_in_a_loop: whether `compile_epoch` therefore makes a call from Python of each step.
+    is_slow_in_a_loop: whether `compile_epoch` makes a call from Python of each step.
     compile_epoch: compiles and returns it. It uses the state's buffers for its result then.
     evaluate: (state, images) -> Evaluation, on the images as they are.
     validate: (state, images) -> Evaluation, on augmented images, the same ones each time.
@@ -87,9 +78,9 @@ class Trainer:
   compile_epoch: Callable[[], Callable[..., tuple[TrainState, EpochMetrics]]]
   evaluate: Callable[..., Evaluation]
   validate: Callable[..., Evaluation]
-  train: Images
-  held_out: Images
-  test: Images
+  train: Images | Stream
+  held_out: Images | Stream
+  test: Images | Stream
 
 
 def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1) -> Trainer:
@@ -106,7 +97,6 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
       they are too small for the network.
   """
   init_key, data_key, held_out_key = jax.random.split(jax.random.key(seed), 3)
-  masks_key = jax.random.fold_in(init_key, 1)
   split = np.random.default_rng(seed).permutation(len(dataset.train_labels))
   if recipe.train_images > len(split):
     raise ValueError(f"train_images={recipe.train_images} are more than there are, {len(split)}")
@@ -126,58 +116,22 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
 
   train_pixels = jnp.asarray(dataset.train_images)
   train = images(train_pixels, dataset.train_labels, data_key, split[held_out:])
-  model = MODELS[recipe.model](
-    classes=dataset.classes, width=recipe.width, dtype=jnp.dtype(recipe.dtype)
+  learner = make_learner(
+    recipe,
+    train_pixels.shape[1:],
+    classes=dataset.classes,
+    mean=dataset.mean,
+    std=dataset.std,
+    steps_per_epoch=steps,
+    key=init_key,
   )
-  _check_fit(model, recipe, train)
-  normalized = functools.partial(normalize, mean=dataset.mean, std=dataset.std)
-  augmented = functools.partial(augment, augmentation=recipe.augmentation, mean=dataset.mean)
-
-  optimizer = functools.partial(methods.make_optimizer, recipe, steps)
-
-  @jax.jit
-  def init_variables(key):
-    variables = model.init(key, jnp.zeros([1, *dataset.train_images.shape[1:]]))
-    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
-
-  abstract_variables = jax.eval_shape(init_variables, init_key)
   # XLA's CPU backend runs gradients of convolutions 40 times slower in a loop than outside of one
   # (https://github.com/jax-ml/jax/issues/12868), so there each step is a call from Python.
   on_cpu = all(device.platform == "cpu" for device in train.labels.devices())
-  is_slow_in_a_loop = on_cpu and _has_convolutions(model, abstract_variables, train)
-  abstract_masks = jax.eval_shape(methods.full_masks, abstract_variables["params"])
-  # One and the same in all states, which it is a part of. Masks are none of it, nor is the key.
-  tx = optimizer(masks_key, abstract_masks)
-
-  @jax.jit
-  def start_with(key, variables, masks, step):
-    opt_state = optimizer(key, masks).init(variables["params"])
-    # Copies, since an epoch uses up its state.
-    return TrainState(
-      step=step,
-      apply_fn=None,
-      params=sparsejax.apply_masks(
-        variables["params"], methods.get_masks(recipe, opt_state, variables["params"])
-      ),
-      tx=tx,
-      opt_state=optax.tree.set(opt_state, count=step),
-      batch_stats=jax.tree.map(jnp.copy, variables["batch_stats"]),
-    )
-
-  start = functools.partial(start_with, masks_key)
+  is_slow_in_a_loop = on_cpu and _has_convolutions(learner.model, learner.variables, train)
 
   def init():
-    variables = init_variables(init_key)
-    # As they are: each method looks at the same images, without augmentation.
-    first = normalized(train.pixels[train.index[:batch]]), train.labels[:batch]
-    masks = methods.make_initial_masks(recipe, model, variables, first, masks_key)
-    return start(variables, masks, 0)
-
-  def weights(params, opt_state):
-    """What the network computes with."""
-    if not recipe.keep_weights:
-      return params
-    return sparsejax.apply_masks(params, sparsejax.get_masks(opt_state, params))
+    return learner.init(train.pixels[train.index[:batch]], train.labels[:batch])
 
   def begin(step, key):
     """The key of an epoch, and the order of its images."""
@@ -185,31 +139,10 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
     return step_key, jax.random.permutation(order_key, count)
 
   def train_step(state, train, key, index):
-    augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-    pixels = normalized(augmented(augment_key, train.pixels[train.index[index]]))
-    labels = train.labels[index]
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, dataset.classes), recipe.label_smoothing)
-
-    def loss(params):
-      logits, updates = model.apply(
-        {"params": weights(params, state.opt_state), "batch_stats": state.batch_stats},
-        pixels,
-        train=True,
-        mutable=["batch_stats"],
-        rngs={"dropout": dropout_key},
-      )
-      losses = optax.losses.softmax_cross_entropy(logits, targets)
-      return jnp.mean(losses), (logits, updates.get("batch_stats", {}))
-
-    (value, (logits, batch_stats)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-    correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels)
-    state = state.apply_gradients(grads=grads, batch_stats=batch_stats)
-    return state, jnp.array([value * labels.size, correct])
+    return learner.train_step(state, train.pixels[train.index[index]], train.labels[index], key)
 
   def end(state, sums):
-    loss, accuracy = sums / (full * batch + rest)
-    masks = methods.get_masks(recipe, state.opt_state, state.params)
-    return EpochMetrics(loss, accuracy, sparsejax.sparsity(masks))
+    return learner.end(state, sums, full * batch + rest)
 
   def epoch(state, train):
     key, order = begin(state.step, train.key)
@@ -226,7 +159,7 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
     return state, end(state, sums)
 
   def compile_epoch():
-    state = jax.eval_shape(start, abstract_variables, abstract_masks, jnp.int32(0))
+    state = learner.state
     if not is_slow_in_a_loop:
       return jax.jit(epoch, donate_argnums=0).lower(state, train).compile()
     key, order = jax.eval_shape(begin, state.step, train.key)
@@ -254,12 +187,11 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
     size = images.labels.size
     batches = -(-size // 1000)
     index = jnp.pad(jnp.arange(size), (0, batches * 1000 - size)).reshape(batches, 1000)
-    params = weights(state.params, state.opt_state)
+    network = learner.network(state)
 
     def logits_of_batch(inputs):
       index, key = inputs
-      pixels = normalized(augmented(key, images.pixels[images.index[index]]))
-      return model.apply({"params": params, "batch_stats": state.batch_stats}, pixels)
+      return network(augmented(key, images.pixels[images.index[index]]))
 
     keys = jax.random.split(images.key, batches)
     out = jax.lax.map(logits_of_batch, (index, keys)).reshape(-1, dataset.classes)[:size]
@@ -272,14 +204,14 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
     steps_per_epoch=steps,
     classes=dataset.classes,
     init=init,
-    start=start,
-    tx=tx,
+    start=learner.start,
+    tx=learner.tx,
     epoch=epoch,
     is_slow_in_a_loop=is_slow_in_a_loop,
     compile_epoch=compile_epoch,
     evaluate=jax.jit(lambda state, images: evaluate(state, images, lambda key, x: x)),
     # As published: the validation images pass through the augmentation too.
-    validate=jax.jit(lambda state, images: evaluate(state, images, augmented)),
+    validate=jax.jit(lambda state, images: evaluate(state, images, learner.augment)),
     train=train,
     held_out=images(train_pixels, dataset.train_labels, held_out_key, split[:held_out]),
     test=images(
@@ -289,20 +221,6 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
       np.arange(len(dataset.test_labels)),
     ),
   )
-
-
-def _check_fit(model: nn.Module, recipe: Recipe, train: Images) -> None:
-  """Raises a ValueError if nothing of an image reaches the end of the network."""
-  shape = train.pixels.shape[1:]
-  try:
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros([1, *shape]))
-    empty = any(0 in leaf.shape for leaf in jax.tree.leaves(variables))
-  except ZeroDivisionError:
-    empty = True
-  if empty:
-    raise ValueError(
-      f"model={recipe.model} needs larger images than those of {recipe.data}, {shape}"
-    )
 
 
 def _has_convolutions(model: nn.Module, variables: Variables, train: Images) -> bool:

@@ -23,7 +23,7 @@ def test_trees_have_the_published_sizes(tree, parameters, weights):
 def test_a_table_is_printed(what, capsys):
   benchmark.main([what, "--trees", "lenet300", "--rounds", "1"])
   header, _, *rows = capsys.readouterr().out.splitlines()
-  assert len(rows) == (2 if what == "step" else 1)
+  assert len(rows) == (6 if what == "step" else 1)
   for row in rows:
     assert header.count("|") == row.count("|")
     assert row.startswith("| lenet300 |")
@@ -39,6 +39,13 @@ def test_training_is_measured_with_and_without_pruning(capsys):
   for row, dtype in zip(rows, ("float32", "bfloat16")):
     assert row.startswith(f"| lenet300-digits | cpu | {dtype} | 2 |")
     assert header.count("|") == row.count("|")
+
+
+def test_the_loader_is_measured_on_images_in_the_shape_of_those_of_imagenet(capsys):
+  benchmark.main(["loader", "--workers", "0", "--images", "256", "--rounds", "1"])
+  header, _, row = capsys.readouterr().out.splitlines()
+  assert header.endswith("| images per second |")
+  assert row.startswith("| 0 | 256 |") and float(row.split("|")[-2]) > 0
 
 
 def test_the_work_of_a_network_is_that_of_its_layers():

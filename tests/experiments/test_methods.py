@@ -55,7 +55,9 @@ def test_random_masks_follow_the_seed():
 def scores_by_hand(method):
   """Scores of the last layer of LeNet-300-100 on the batch that SNIP and GraSP look at."""
   trainer, state = first_state(dataclasses.replace(DIGITS, sparsity=0.0, train_images=300))
-  pixels = np.asarray(trainer.train.pixels[trainer.train.index[: DIGITS.batch_size]], np.float64) / 255
+  pixels = (
+    np.asarray(trainer.train.pixels[trainer.train.index[: DIGITS.batch_size]], np.float64) / 255
+  )
   digits = data.load("digits")
   labels = np.asarray(trainer.train.labels[: DIGITS.batch_size])
   x = jnp.asarray((pixels - digits.mean) / digits.std, jnp.float32).reshape(len(pixels), -1)

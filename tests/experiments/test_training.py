@@ -10,7 +10,7 @@ from flax import linen as nn
 
 import sparsejax
 from experiments import augment, data, methods, training
-from experiments.models import lenet
+from experiments.models import MODELS, lenet
 from experiments.recipes import RECIPES
 
 DIGITS = RECIPES["lenet300-digits"]
@@ -121,6 +121,24 @@ def test_the_optimizer_is_sgd_with_coupled_decay_and_a_cosine_by_epochs(nesterov
     np.testing.assert_allclose(params["kernel"], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_weight_decay_spares_what_is_named():
+  recipe = dataclasses.replace(DIGITS, sparsity=0.0, undecayed="(^|/)norm[12]/", momentum=0.0)
+  tx = methods.make_optimizer(recipe, steps_per_epoch=2, key=jax.random.key(0))
+  params = {name: {"scale": jnp.ones(3)} for name in ("norm1", "shortcut_norm1")}
+  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+  np.testing.assert_array_equal(updates["norm1"]["scale"], 0)
+  np.testing.assert_allclose(updates["shortcut_norm1"]["scale"], -DIGITS.learning_rate * 5e-4)
+  with pytest.raises(ValueError, match=r"undecayed='\(' must be a regular expression"):
+    dataclasses.replace(DIGITS, undecayed="(")
+
+
+def test_a_warm_up_multiplies_the_first_epochs_of_a_cosine():
+  cosine = methods.make_learning_rate(DIGITS, steps_per_epoch=10)
+  rate = methods.make_learning_rate(dataclasses.replace(DIGITS, warmup_epochs=3), 10)
+  for count, share in ((0, 1 / 4), (9, 1 / 4), (10, 2 / 4), (29, 3 / 4), (30, 1), (500, 1)):
+    assert float(rate(count)) == pytest.approx(share * float(cosine(count)), rel=1e-6)
+
+
 def test_the_learning_rate_of_vgg19_falls_and_rises_again():
   rate = methods.make_learning_rate(RECIPES["vgg19-cifar10-98"], steps_per_epoch=390)
   for epoch in (0, 1, 25, 49, 50, 51, 99, 100, 101, 250, 399):
@@ -174,7 +192,7 @@ class Small(nn.Module):
 
 @pytest.fixture
 def small(monkeypatch):
-  monkeypatch.setitem(training.MODELS, "small", Small)
+  monkeypatch.setitem(MODELS, "small", Small)
   return dataclasses.replace(DIGITS, model="small", epochs=2, prune_epochs=2, train_images=300)
 
 
@@ -183,8 +201,10 @@ def test_steps_called_one_by_one_make_the_epoch_that_one_program_makes(small, mo
   assert trainer.train.labels.size % small.batch_size
   called, of_calls = trainer.compile_epoch()(trainer.init(), trainer.train)
   monkeypatch.setattr(training, "_has_convolutions", lambda *_: False)
-  scanned, of_scan = trainer.compile_epoch()(trainer.init(), trainer.train)
-  chex.assert_trees_all_close(called, scanned, rtol=1e-4, atol=1e-5)
+  other = training.make_trainer(small, data.load("digits"), seed=0)
+  scanned, of_scan = other.compile_epoch()(other.init(), other.train)
+  assert trainer.is_slow_in_a_loop and not other.is_slow_in_a_loop
+  chex.assert_trees_all_close(called.params, scanned.params, rtol=1e-4, atol=1e-5)
   chex.assert_trees_all_close(of_calls, of_scan, rtol=1e-4)
   assert int(called.step) == 3
 

@@ -1,0 +1,199 @@
+"""A recipe's network and optimizer: the first state, a step on a batch, and what it answers."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax.training import train_state
+
+import sparsejax
+from experiments import methods
+from experiments.augment import augment, normalize
+from experiments.methods import PyTree, Variables
+from experiments.models import MODELS
+from experiments.recipe import Recipe
+
+
+class TrainState(train_state.TrainState):
+  """Parameters, optimizer state, step count, and the running statistics of batch normalisation."""
+
+  batch_stats: Any
+
+
+class EpochMetrics(NamedTuple):
+  """What one epoch of training says of itself; scalars."""
+
+  loss: jax.Array
+  accuracy: jax.Array
+  sparsity: jax.Array  # of the prunable weights, at the end of the epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+  """What a recipe does with batches, wherever they come from; pixels are uint8.
+
+  Attributes:
+    model: the network.
+    variables: shapes of its parameters and running statistics.
+    masks: shapes of its masks.
+    tx: the optimizer of its states; not the masks and the key that they start with.
+    init: (pixels, labels) of a batch as it is, at which some methods look -> the first state.
+    start: (parameters and running statistics, masks, step) -> state, with a fresh optimizer.
+    augment: (key, pixels) -> pixels in [0, 1].
+    train_step: (state, pixels, labels, key of the epoch) -> state, and the sums of the losses and
+      of the right answers.
+    end: (state, these sums over an epoch, number of images) -> EpochMetrics.
+    network: state -> a function from pixels, uint8 or in [0, 1], to logits.
+  """
+
+  model: nn.Module
+  variables: Variables
+  masks: PyTree
+  tx: optax.GradientTransformation
+  init: Callable[[jax.Array, jax.Array], TrainState]
+  start: Callable[..., TrainState]
+  augment: Callable[[jax.Array, jax.Array], jax.Array]
+  train_step: Callable[..., tuple[TrainState, jax.Array]]
+  end: Callable[..., EpochMetrics]
+  network: Callable[[TrainState], Callable[[jax.Array], jax.Array]]
+
+  @property
+  def state(self) -> TrainState:
+    """The shapes of a state."""
+    return jax.eval_shape(self.start, self.variables, self.masks, jnp.int32(0))
+
+
+def make_learner(
+  recipe: Recipe,
+  image_shape: Sequence[int],
+  *,
+  classes: int,
+  mean: Sequence[float],
+  std: Sequence[float],
+  steps_per_epoch: int,
+  key: jax.Array,
+) -> Learner:
+  """Prepares the network and the optimizer of a recipe.
+
+  Args:
+    recipe: what to train.
+    image_shape: height, width and channels.
+    classes: number of classes.
+    mean: of each channel, with pixels in [0, 1].
+    std: of each channel, with pixels in [0, 1].
+    steps_per_epoch: number of optimizer steps.
+    key: decides initialisation and the masks at the start.
+
+  Raises:
+    ValueError: if images are too small for the network.
+  """
+  masks_key = jax.random.fold_in(key, 1)
+  model = MODELS[recipe.model](classes=classes, width=recipe.width, dtype=jnp.dtype(recipe.dtype))
+  _check_fit(model, recipe, image_shape)
+  normalized = functools.partial(normalize, mean=mean, std=std)
+  augmented = functools.partial(augment, augmentation=recipe.augmentation, mean=mean)
+  optimizer = functools.partial(methods.make_optimizer, recipe, steps_per_epoch)
+
+  @jax.jit
+  def init_variables(key):
+    variables = model.init(key, jnp.zeros([1, *image_shape]))
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+  abstract_variables = jax.eval_shape(init_variables, key)
+  abstract_masks = jax.eval_shape(methods.full_masks, abstract_variables["params"])
+  # One and the same in all states, which it is a part of. Masks are none of it, nor is the key.
+  tx = optimizer(masks_key, abstract_masks)
+
+  @jax.jit
+  def start_with(key, variables, masks, step):
+    opt_state = optimizer(key, masks).init(variables["params"])
+    # Copies, since an epoch uses up its state.
+    return TrainState(
+      step=step,
+      apply_fn=None,
+      params=sparsejax.apply_masks(
+        variables["params"], methods.get_masks(recipe, opt_state, variables["params"])
+      ),
+      tx=tx,
+      opt_state=optax.tree.set(opt_state, count=step),
+      batch_stats=jax.tree.map(jnp.copy, variables["batch_stats"]),
+    )
+
+  start = functools.partial(start_with, masks_key)
+
+  def init(pixels, labels):
+    variables = init_variables(key)
+    batch = normalized(pixels), labels
+    return start(
+      variables, methods.make_initial_masks(recipe, model, variables, batch, masks_key), 0
+    )
+
+  def weights(params, opt_state):
+    """What the network computes with."""
+    if not recipe.keep_weights:
+      return params
+    return sparsejax.apply_masks(params, sparsejax.get_masks(opt_state, params))
+
+  def train_step(state, pixels, labels, key):
+    augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+    pixels = normalized(augmented(augment_key, pixels))
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, classes), recipe.label_smoothing)
+
+    def loss(params):
+      logits, updates = model.apply(
+        {"params": weights(params, state.opt_state), "batch_stats": state.batch_stats},
+        pixels,
+        train=True,
+        mutable=["batch_stats"],
+        rngs={"dropout": dropout_key},
+      )
+      losses = optax.losses.softmax_cross_entropy(logits, targets)
+      return jnp.mean(losses), (logits, updates.get("batch_stats", {}))
+
+    (value, (logits, batch_stats)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels)
+    state = state.apply_gradients(grads=grads, batch_stats=batch_stats)
+    return state, jnp.array([value * labels.size, correct])
+
+  def end(state, sums, count):
+    loss, accuracy = sums / count
+    masks = methods.get_masks(recipe, state.opt_state, state.params)
+    return EpochMetrics(loss, accuracy, sparsejax.sparsity(masks))
+
+  def network(state):
+    variables = {
+      "params": weights(state.params, state.opt_state),
+      "batch_stats": state.batch_stats,
+    }
+    return lambda pixels: model.apply(variables, normalized(pixels))
+
+  return Learner(
+    model=model,
+    variables=abstract_variables,
+    masks=abstract_masks,
+    tx=tx,
+    init=init,
+    start=start,
+    augment=augmented,
+    train_step=train_step,
+    end=end,
+    network=network,
+  )
+
+
+def _check_fit(model: nn.Module, recipe: Recipe, shape: Sequence[int]) -> None:
+  """Raises a ValueError if nothing of an image reaches the end of the network."""
+  try:
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros([1, *shape]))
+    empty = any(0 in leaf.shape for leaf in jax.tree.leaves(variables))
+  except ZeroDivisionError:
+    empty = True
+  if empty:
+    raise ValueError(
+      f"model={recipe.model} needs larger images than those of {recipe.data}, {tuple(shape)}"
+    )
