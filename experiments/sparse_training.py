@@ -19,14 +19,14 @@ def on_equal_terms(prefix: str, recipe: Recipe) -> dict[str, Recipe]:
     given recipe; it regenerates half of the weights at first, as published, and 0.5 % at last;
   - "rigl": 30 % at first, falling to 0 after three quarters of the training;
   - "set": 30 % throughout;
-  - "snfs": 50 % at first, falling to 0, shared out anew among layers;
+  - "snfs": 50 % at first, falling to 0.5 %, shared out anew among layers;
   - "static": none.
   """
   granet = dataclasses.replace(recipe, ramp="cubic", dynamic=Dynamic("granet", last_fraction=0.005))
   changes = {
     "rigl": Dynamic("rigl", fraction=0.3, stop=0.75),
     "set": Dynamic("set", fraction=0.3, last_fraction=0.3),
-    "snfs": Dynamic("snfs"),
+    "snfs": Dynamic("snfs", last_fraction=0.005),
     "static": Dynamic("static"),
   }
   return {

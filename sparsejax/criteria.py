@@ -30,6 +30,8 @@ class Leaf:
   Attributes:
     weight: the weights by which masks are decided.
     mask: True where the weight is active.
+
+  The rest may be missing, and asking for it is an error then: `gradient`, `moment`, `key`, `count`.
   """
 
   def __init__(
@@ -84,8 +86,8 @@ class Leaf:
     """How many weights of this leaf are to be dropped, or grown.  # shape=(), dtype=uint32"""
     if self._count is None:
       raise ValueError(
-        "this criterion needs to know how many weights of a layer go: drop in each layer, not"
-        " globally, and do not use it where layers compete."
+        "this criterion needs to know how many weights of each layer go, but all layers compete:"
+        ' drop in each layer, and give a ramp another allocation than "global".'
       )
     return self._count
 
@@ -93,7 +95,8 @@ class Leaf:
     if self._moment is None:
       raise ValueError(
         "this criterion needs the momentum of an optimizer: use it in a wrapper, such as"
-        " dynamic_sparse_training, around one that has it."
+        " dynamic_sparse_training, around one that has it; for growth, where inactive weights have"
+        ' theirs, with moments="kept".'
       )
     return self._moment()
 
@@ -147,18 +150,18 @@ def momentum(leaf: Leaf) -> jax.Array:
 
 
 def mean_momentum(leaf: Leaf) -> jax.Array:
-  """The mean absolute momentum of active weights, a number for each layer: see `redistribute`."""
-  return jnp.mean(jnp.abs(leaf.moment), where=leaf.mask)
+  """The mean `momentum` of active weights, a number for each layer: see `redistribute`."""
+  return jnp.mean(momentum(leaf), where=leaf.mask)
 
 
 def snip(leaf: Leaf) -> jax.Array:
   r"""The effect of the weight on the loss, to first order, :math:`|w g|`."""
-  return jnp.abs(leaf.weight * leaf.gradient)
+  return jnp.abs(_effect(leaf))
 
 
 def taylor(leaf: Leaf) -> jax.Array:
   r"""The square of that effect, :math:`(w g)^2`."""
-  return (leaf.weight * leaf.gradient) ** 2
+  return _effect(leaf) ** 2
 
 
 def sensitivity(leaf: Leaf) -> jax.Array:
@@ -251,6 +254,15 @@ def check_key(key: jax.Array | None, *used: Score | Criterion) -> None:
     raise ValueError("criteria.random needs a key, got key=None: pass key=jax.random.key(seed).")
 
 
+def _effect(leaf: Leaf) -> jax.Array:
+  # In half precision the product would often be zero.
+  return _widened(leaf.weight) * _widened(leaf.gradient)
+
+
+def _widened(x: jax.Array) -> jax.Array:
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
   # Nothing in relation to nothing is nothing; without this it would be NaN, and never go.
   ratio = jnp.abs(numerator) / jnp.abs(denominator)
@@ -277,4 +289,9 @@ def _running(score: Score, decay: float) -> Criterion:
   def update(leaf, mean):
     return decay * mean + (1 - decay) * jnp.where(leaf.mask, score(leaf), 0).astype(mean.dtype)
 
-  return Criterion(init=jnp.zeros_like, update=update, score=lambda leaf, mean: mean)
+  return Criterion(
+    # In half precision an average would soon stand still.
+    init=lambda weight: jnp.zeros_like(_widened(weight)),
+    update=update,
+    score=lambda leaf, mean: mean,
+  )

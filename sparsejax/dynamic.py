@@ -9,17 +9,14 @@ momentum. Training may start sparse; the parameters that it starts from are then
 """
 
 import numbers
-from collections.abc import Callable, Container
 from typing import get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import arguments, counts, criteria, rules, transform
-from sparsejax import masks as masks_lib
+from sparsejax import arguments, counts, criteria, rules, start, transform
 from sparsejax.allocation import Allocation
 from sparsejax.criteria import Criterion, Score
 from sparsejax.masks import Prunable, PyTree, is_kernel
@@ -30,7 +27,7 @@ from sparsejax.transform import Moments
 def dynamic_sparse_training(
   inner: optax.GradientTransformation,
   *,
-  sparsity: float | jax.Array | PyTree | None,
+  sparsity: float | jax.Array | PyTree | None = None,
   drop: str | Score | Criterion = criteria.magnitude,
   grow: str | Score | Criterion = criteria.gradient,
   fraction: float | optax.Schedule,
@@ -60,9 +57,9 @@ def dynamic_sparse_training(
   Masks change at the calls :math:`c = b, b + \Delta, b + 2 \Delta, \dots`, where :math:`b` is
   `begin` and :math:`\Delta` is `every`, up to `end`, and a last time at `end` itself. Then, in each
   layer with a active weights, the :math:`k = \mathrm{round}(f a)` of lowest drop score are dropped,
-  where f is `fraction`, and exactly k inactive ones of highest growth score grow, those just
-  dropped included. What is dropped and grows again at once goes on with its value; everything else
-  that grows starts at zero.
+  where f is `fraction` (see `rounding`), and exactly k inactive ones of highest growth score grow,
+  those just dropped included. What is dropped and grows again at once goes on with its value;
+  everything else that grows starts at zero.
 
   With a `ramp` the network also becomes sparser: before weights are dropped, those of lowest drop
   score are pruned so that the overall sparsity is :math:`s_0 + (s - s_0) r(c)`, with :math:`s_0` =
@@ -70,7 +67,7 @@ def dynamic_sparse_training(
   sparsity. What is pruned may grow at once, but starts at zero.
 
   Args:
-    inner: the optimizer, without the weight decay or learning rate of others after it.
+    inner: the whole optimizer, with learning rate and weight decay; nothing may follow the wrapper.
     sparsity: the sparsity in [0, 1): a float, a traced scalar, or a tree like the parameters, one
       for each prunable leaf, which replaces the allocation. None to take that of the `masks`.
     drop: the score of active weights, lowest dropped: a name, a function of a
@@ -85,13 +82,14 @@ def dynamic_sparse_training(
       a function, see `sparsejax.allocation`; the active weights in each are drawn at random. With
       "global", those of largest magnitude are active.
     masks: the masks to start with instead, a full boolean tree, such as
-      `sparsejax.masks_from_scores` makes.
-    ramp: a schedule from 0 to 1, from the number of the call.
+      `sparsejax.masks_from_scores` makes. Without a ramp, the sparsity has to be None then.
+    ramp: a schedule from 0 to 1, from the number of the call. Nothing returns where it falls.
     initial: the sparsity at the start of the ramp. Without a ramp training starts at `sparsity`.
     ramp_allocation: how the sparsity of the ramp is shared out, as in
       `sparsejax.gradual_pruning`.
     after_step: whether masks change by the weights that the inner optimizer's step leaves, not by
-      those before it. Calls count from 1 then, and what grows takes its first step at the next one.
+      those before it. Calls count from 1 then, so that with `begin` 0 masks change first at call
+      `every`; and what grows takes its first step at the next one.
     skip_step: whether the inner optimizer makes no step when masks change.
     moments: "masked", "reset" or "kept": what happens to the inner optimizer's moments of weights
       that are dropped or grow, see `sparsejax.masked_updates`. Growth by momentum needs "kept".
@@ -141,15 +139,20 @@ def dynamic_sparse_training(
     if begin > end:
       raise ValueError(f"masks would never change: first at call {begin}, but not after end={end}.")
   drop, grow = criteria.resolve(drop, "drop"), criteria.resolve(grow, "grow")
-  first, sparsity = _check_start(sparsity, masks, ramp, initial)
+  first, sparsity = start.check_start(sparsity, masks, ramp, initial)
   criteria.check_key(key, drop, grow)
-  if not exact_growth and grow in criteria.BY_NAME.values() and grow is not criteria.random:
-    raise ValueError("growth that is not exact is for random growth only: pass grow=random.")
+  if not exact_growth and grow is not criteria.random:
+    raise ValueError('growth that is not exact is for random growth only: pass grow="random".')
   for name, function in (("ramp", ramp), ("redistribute", redistribute)):
     if function is not None and not callable(function):
       raise ValueError(f"{name} must be a function, got {function!r}.")
-  allocation_lib.resolve(ramp_allocation)
-  is_global = allocation_lib.resolve(ramp_allocation) is None and not _is_tree(sparsity)
+  is_global = allocation_lib.resolve(ramp_allocation) is None and not start.is_tree(sparsity)
+  by_layer = (criteria.each_sign, criteria.each_sign_in_proportion)
+  if drop in by_layer and (drop_globally or (ramp is not None and is_global)):
+    raise ValueError(
+      "a criterion that drops of each sign has to know how many go in each layer: drop in each"
+      ' layer, and give a ramp another ramp_allocation than "global".'
+    )
   if ramp is not None and redistribute is not None and not is_global:
     raise ValueError(
       "a ramp for each layer and `redistribute` would both decide how sparse a layer is: pass one"
@@ -157,10 +160,6 @@ def dynamic_sparse_training(
     )
   if rounding not in get_args(Rounding):
     raise ValueError(f"rounding must be one of {get_args(Rounding)}, got {rounding!r}.")
-  if moments != "kept" and grow is criteria.momentum:
-    raise ValueError(
-      f'growth by momentum needs that of inactive weights, but moments={moments!r}: pass "kept".'
-    )
   stages = [
     rules.drop_and_grow(
       drop,
@@ -170,6 +169,7 @@ def dynamic_sparse_training(
       drop_globally=drop_globally,
       redistribute=redistribute,
       exact_growth=exact_growth,
+      grows_by_moments=moments == "kept",
     )
   ]
   if ramp is not None:
@@ -182,7 +182,7 @@ def dynamic_sparse_training(
     after_step=after_step,
     skip_step=skip_step,
     moments=moments,
-    initial_masks=_initial_masks(first, masks, allocation, key),
+    initial_masks=start.initial_masks(first, masks, allocation, key, final=sparsity),
     prunable=prunable,
     key=key,
   )
@@ -201,6 +201,7 @@ def granet(
   allocation: Allocation = "erk",
   ramp_allocation: Allocation = "global",
   masks: PyTree | None = None,
+  moments: Moments = "masked",
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -224,6 +225,7 @@ def granet(
     allocation: how the sparsity at the start is shared out among layers.
     ramp_allocation: how that of the ramp is.
     masks: the masks to start with instead.
+    moments: as in `sparsejax.dynamic_sparse_training`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
     key: a random key, if the start is sparse.
 
@@ -271,6 +273,8 @@ def granet(
     initial=initial,
     ramp_allocation=ramp_allocation,
     after_step=True,
+    moments=moments,
+    rounding="up",
     prunable=prunable,
     key=key,
   )
@@ -279,12 +283,13 @@ def granet(
 def rigl(
   inner: optax.GradientTransformation,
   *,
-  sparsity: float | jax.Array | PyTree | None,
+  sparsity: float | jax.Array | PyTree | None = None,
   end: int,
   every: int = 100,
   fraction: float | optax.Schedule | None = None,
   allocation: Allocation = "erk",
   masks: PyTree | None = None,
+  moments: Moments = "reset",
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -299,6 +304,7 @@ def rigl(
       along a cosine.
     allocation: how the sparsity is shared out among layers.
     masks: the masks to start with instead.
+    moments: as in `sparsejax.dynamic_sparse_training`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
     key: a random key, for the masks to start with.
 
@@ -323,7 +329,8 @@ def rigl(
     allocation=allocation,
     masks=masks,
     skip_step=True,
-    moments="reset",
+    moments=moments,
+    rounding="down",
     prunable=prunable,
     key=key,
   )
@@ -332,12 +339,13 @@ def rigl(
 def sparse_evolutionary_training(
   inner: optax.GradientTransformation,
   *,
-  sparsity: float | jax.Array | PyTree | None,
+  sparsity: float | jax.Array | PyTree | None = None,
   every: int,
   end: int | None = None,
   fraction: float | optax.Schedule = 0.3,
   allocation: Allocation = "er",
   masks: PyTree | None = None,
+  moments: Moments = "masked",
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -351,6 +359,7 @@ def sparse_evolutionary_training(
     fraction: as in `sparsejax.dynamic_sparse_training`.
     allocation: how the sparsity is shared out among layers.
     masks: the masks to start with instead.
+    moments: as in `sparsejax.dynamic_sparse_training`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
     key: a random key.
 
@@ -376,6 +385,7 @@ def sparse_evolutionary_training(
     allocation=allocation,
     masks=masks,
     after_step=True,
+    moments=moments,
     prunable=prunable,
     key=key,
   )
@@ -384,7 +394,7 @@ def sparse_evolutionary_training(
 def snfs(
   inner: optax.GradientTransformation,
   *,
-  sparsity: float | jax.Array | PyTree | None,
+  sparsity: float | jax.Array | PyTree | None = None,
   every: int,
   fraction: float | optax.Schedule,
   redistribute: bool = True,
@@ -396,12 +406,15 @@ def snfs(
 ) -> optax.GradientTransformationExtraArgs:
   """Sparse networks from scratch (sparse momentum): grows by momentum, where layers have most.
 
+  What a full layer cannot take goes to the others in proportion too (in the authors' code in equal
+  parts), and layers that are nearly dense are no special case.
+
   Args:
     inner: the optimizer, which has to keep a first moment. It gets the gradients of all weights.
     sparsity: as in `sparsejax.dynamic_sparse_training`.
     every: calls from one change of the masks to the next, an epoch in the paper.
-    fraction: as in `sparsejax.dynamic_sparse_training`; the authors let it fall from 0.5 to 0 along
-      a cosine over the training.
+    fraction: as in `sparsejax.dynamic_sparse_training`; the authors let it fall from 0.5 to 0.005
+      along a cosine over the training, `optax.cosine_decay_schedule(0.5, calls, 0.01)`.
     redistribute: whether what grows is shared out among layers in proportion to the mean momentum
       of their active weights, or grows where it was dropped.
     end: the call at which masks change last. Without it they go on changing.
@@ -433,6 +446,7 @@ def snfs(
     after_step=True,
     moments="kept",
     redistribute=criteria.mean_momentum if redistribute else None,
+    rounding="up",
     prunable=prunable,
     key=key,
   )
@@ -441,8 +455,9 @@ def snfs(
 def static_sparse_training(
   inner: optax.GradientTransformation,
   *,
-  sparsity: float | jax.Array | PyTree,
+  sparsity: float | jax.Array | PyTree | None = None,
   allocation: Allocation = "erk",
+  masks: PyTree | None = None,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -452,104 +467,26 @@ def static_sparse_training(
     inner: the optimizer.
     sparsity: as in `sparsejax.dynamic_sparse_training`.
     allocation: how the sparsity is shared out among layers.
+    masks: the masks instead of those drawn; as a link after an optimizer, `sparsejax.fixed_masks`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
     key: a random key, for the masks.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs`; see `sparsejax.masked_updates`. For masks of one's
-    own there is `sparsejax.fixed_masks`.
+    An `optax.GradientTransformationExtraArgs`; see `sparsejax.masked_updates`.
 
   Raises:
     ValueError: as `sparsejax.dynamic_sparse_training` does.
   """
   transform.check_inner(inner)
-  if sparsity is None:
-    raise ValueError("sparsity must be a number in [0, 1), got None.")
-  sparsity = arguments.check_sparsity("sparsity", sparsity)
+  sparsity, _ = start.check_start(sparsity, masks, ramp=None, initial=0.0)
   return transform.masked_updates(
     lambda call: call.masks,
     due=lambda count: False,
     inner=inner,
-    initial_masks=_initial_masks(sparsity, None, allocation, key),
+    initial_masks=start.initial_masks(sparsity, masks, allocation, key, final=sparsity),
     prunable=prunable,
     key=key,
   )
-
-
-def _check_start(
-  sparsity: PyTree, masks: PyTree | None, ramp: optax.Schedule | None, initial: float
-) -> tuple[PyTree, PyTree]:
-  """Checks what says how sparse training starts and ends; returns the sparsity of both."""
-  initial = arguments.check_sparsity("initial", initial)
-  if not isinstance(initial, float):
-    raise ValueError(f"initial must be a Python number, got {initial!r}.")
-  if sparsity is None and (masks is None or ramp is not None):
-    raise ValueError("sparsity=None is that of the masks: pass `masks`, and no ramp.")
-  if sparsity is not None:
-    sparsity = arguments.check_sparsity("sparsity", sparsity)
-  if ramp is None:
-    if initial:
-      raise ValueError(f"initial={initial} is the start of a ramp, but there is none.")
-    if masks is not None and sparsity is not None:
-      raise ValueError("masks have a sparsity of their own: pass sparsity=None with them.")
-    return sparsity, sparsity
-  if isinstance(sparsity, float) and initial > sparsity:
-    raise ValueError(f"initial must not exceed the sparsity, got {initial} and {sparsity}.")
-  return initial, sparsity
-
-
-def _initial_masks(
-  sparsity: PyTree, masks: PyTree | None, allocation: Allocation, key: jax.Array | None
-) -> Callable[[PyTree, PyTree], PyTree]:
-  """The masks that training starts with, as `transform.masked_updates` takes them."""
-  is_given, is_dense = masks is not None, isinstance(sparsity, float) and sparsity == 0
-  # Weights of given sparsities per leaf are drawn too: an allocation has nothing to do there.
-  by_magnitude = allocation_lib.resolve(allocation) is None and not _is_tree(sparsity)
-  if is_given:
-    masks_lib.check_boolean(masks)
-  elif key is None and not (is_dense or by_magnitude):
-    raise ValueError(
-      "the weights that are active at the start are drawn at random: pass key=jax.random.key(seed),"
-      " or masks."
-    )
-
-  def initial_masks(params, pool):
-    if is_given:
-      found = masks_lib.by_name(masks, params, pool)
-      _check_all_true(masks, besides=masks_lib.leaves_by_name(pool))
-      return found
-    if is_dense:
-      return masks_lib.all_true(pool)
-    allocation_lib.check_leaves(sparsity, params, pool)
-    if by_magnitude:
-      scores = jax.tree.map(jnp.abs, pool)
-    else:
-      # No call has this number, by which keys are folded too.
-      start_key = jax.random.fold_in(key, np.uint32(2**32 - 1))
-      leaves, treedef = jax.tree.flatten(pool)
-      scores = jax.tree.unflatten(
-        treedef,
-        [
-          jax.random.uniform(jax.random.fold_in(start_key, i), w.shape)
-          for i, w in enumerate(leaves)
-        ],
-      )
-    return allocation_lib.masks_from_scores(
-      scores, sparsity, allocation=allocation, prunable=lambda path, leaf: True
-    )
-
-  return initial_masks
-
-
-def _check_all_true(masks: PyTree, besides: Container[str]) -> None:
-  """Raises a ValueError if masks are known to prune leaves besides those named."""
-  for name, mask in masks_lib.leaves_by_name(masks).items():
-    if name not in besides and not isinstance(mask, jax.core.Tracer) and not np.all(mask):
-      raise ValueError(f"the masks prune {name!r}, which is not prunable: see `prunable`.")
-
-
-def _is_tree(sparsity: PyTree) -> bool:
-  return not jax.tree_util.treedef_is_leaf(jax.tree.structure(sparsity))
 
 
 def _ramped(sparsity: PyTree, initial: float, ramp: optax.Schedule) -> rules.Goal:

@@ -18,12 +18,15 @@ _FIRST = ("trace", "mu", "ema")
 _SECOND = "nu"
 
 
-def map_moments(function: Callable[..., jax.Array], state: PyTree, *trees: PyTree) -> PyTree:
+def map_moments(
+  function: Callable[..., jax.Array], state: PyTree, fresh: PyTree, *trees: PyTree
+) -> PyTree:
   """Applies a function to the moments of each weight.
 
   Args:
-    function: takes a moment, and its weight's leaf of each of the trees.
+    function: takes a moment, its value in the fresh state, and its weight's leaf of each tree.
     state: the state of an optimizer.
+    fresh: the state that it starts with.
     *trees: trees like the parameters, with `optax.MaskedNode()` for leaves whose moments stay.
 
   Returns:
@@ -31,17 +34,18 @@ def map_moments(function: Callable[..., jax.Array], state: PyTree, *trees: PyTre
   """
   is_like = _is_like(trees[0])
 
-  def change(node):
+  def change(node, new):
     if not is_like(node):
       return node
     return jax.tree.map(
-      lambda x, like, *rest: function(x, like, *rest) if _is_moment(x, like) else x,
+      lambda x, x0, like, *rest: function(x, x0, like, *rest) if _is_moment(x, like) else x,
       node,
+      new,
       *trees,
       is_leaf=is_masked_node,
     )
 
-  return jax.tree.map(change, state, is_leaf=is_like)
+  return jax.tree.map(change, state, fresh, is_leaf=is_like)
 
 
 def find_moments(state: PyTree, pool: PyTree) -> list[tuple[jax.Array, jax.Array | None]]:

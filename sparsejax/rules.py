@@ -102,6 +102,7 @@ def drop_and_grow(
   drop_globally: bool = False,
   redistribute: Score | None = None,
   exact_growth: bool = True,
+  grows_by_moments: bool = True,
 ) -> Stage:
   """Drops active weights of lowest score, and grows as many inactive ones of highest score.
 
@@ -115,6 +116,7 @@ def drop_and_grow(
       what grows. By default as many grow in each layer as were dropped there.
     exact_growth: whether exactly that many grow, or, for uniform random scores in [0, 1), each
       candidate by itself, with the probability that gives that many on average.
+    grows_by_moments: whether inactive weights have moments by which they could grow.
   """
 
   def stage(call):
@@ -136,6 +138,8 @@ def drop_and_grow(
       shares = jnp.stack([jnp.float32(redistribute(leaf)) for leaf in _leaves(call)])
       number = shared_out(number, capacity, shares)
     candidates = [~k for k in kept]
+    if not grows_by_moments:
+      call = call._replace(inner=None)
     if call.key is not None:
       # Other random numbers than those by which weights were dropped.
       call = call._replace(key=jax.random.fold_in(call.key, len(masks)))
@@ -242,7 +246,10 @@ def _scores(
     if isinstance(criterion, Criterion):
       score = jnp.asarray(criterion.score(leaf, statistics[i]))
     else:
-      score = jnp.asarray(criterion(leaf))
+      score = criterion(leaf)
+      if callable(score):
+        raise ValueError(f"{criterion} returns a function, not scores: call it first.")
+      score = jnp.asarray(score)
     if score.shape != leaf.weight.shape or score.dtype not in selection.FLOATS:
       raise ValueError(
         "a criterion must return one floating-point score for each weight, got"

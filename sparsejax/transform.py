@@ -116,13 +116,17 @@ def masked_updates(
     after_step: whether masks change by the weights that the inner optimizer's step leaves, not by
       those before it. Calls count from 1 then, and what grows takes its first step at the next one.
     skip_step: whether the inner optimizer makes no step when masks change.
-    moments: what happens to those of the inner optimizer (see `sparsejax.moments`):
+    moments: what happens to those of the inner optimizer: all floating-point arrays of its state
+      that lie in a tree like the parameters and have a weight's shape.
 
-      - "masked": the inner optimizer finds them zero wherever a weight is not active, and gets zero
-        for the gradient of such a weight.
-      - "reset": it gets that too, and moments of dropped weights fade as it lets them; they are set
-        to zero when the weight grows again.
+      - "masked": wherever a weight is not active, the inner optimizer finds them as they were at
+        first (zero, for most optimizers), and gets zero for the gradient.
+      - "reset": it gets zero for that gradient too, and moments of dropped weights fade as it lets
+        them; they are as at first when the weight grows again.
       - "kept": it gets all gradients, so that weights grow with the momentum that they would have.
+
+      Adam's count of steps is one for all weights, so that weights which grow late with fresh
+      moments take large first steps.
     initial_masks: takes the parameters, and the same with `optax.MaskedNode()` for leaves that are
       not prunable, and returns masks like the latter. By default all weights are active. The
       parameters are to be masked too before training, or else the first gradient is that of the
@@ -193,8 +197,9 @@ def masked_updates(
       return masks, survivors, _select(is_due, rule.forget(call), call.statistics)
 
     def step(masks, survivors, inner_state):
-      gradients = updates if moments == "kept" else _masked(masks, updates)
-      return inner.update(gradients, inner_state, _masked(survivors, params), **extra_args)
+      seen = (lambda tree: tree) if moments == "kept" else functools.partial(_masked, masks)
+      more = extra_args if grad is None else extra_args | {"grad": seen(grad)}
+      return inner.update(seen(updates), inner_state, _masked(survivors, params), **more)
 
     inner_state = state.inner
     if after_step:
@@ -202,13 +207,16 @@ def masked_updates(
       made = masks_lib.pick(state.masks, updates, "the masks", "the updates")
       weights = _masked(state.masks, optax.apply_updates(weights, made))
     masks, survivors, statistics = change(weights, inner_state)
-    if moments == "masked":
-      inner_state = map_moments(_zero_unless, inner_state, survivors)
-    elif moments == "reset":
+    if inner is not None and moments != "kept":
       inner_state = map_moments(
-        lambda x, m, s: _zero_unless(x, s | ~m), inner_state, masks, survivors
+        lambda x, x0, m, s: _where(s if moments == "masked" else s | ~m, x, x0),
+        inner_state,
+        inner.init(params),
+        masks,
+        survivors,
       )
-    active = survivors if after_step else masks
+    # After the step, what has grown stays at zero until the next call.
+    may_move = survivors if after_step else masks
     if inner is not None and not after_step:
       nothing = jax.tree.map(jnp.zeros_like, updates), inner_state
       updates, inner_state = step(masks, survivors, inner_state)
@@ -217,7 +225,7 @@ def masked_updates(
       # What grows starts at zero, whatever its value was.
       updates = _map_masked(lambda s, u, p: _where(s, u, u - p), survivors, updates, params)
     if not keep_weights:
-      updates = _map_masked(lambda m, u, p: _where(m, u, -p), active, updates, params)
+      updates = _map_masked(lambda m, u, p: _where(m, u, -p), may_move, updates, params)
     return updates, MaskedUpdatesState(
       optax.safe_increment(state.count), masks, state.key, inner_state, statistics
     )
@@ -270,7 +278,10 @@ def check_prunable(params: PyTree, masks: PyTree) -> None:
 def check_inner(inner: Any) -> None:
   """Raises a ValueError if this is no optimizer."""
   if not isinstance(inner, optax.GradientTransformation):
-    raise ValueError(f"inner must be an optimizer, such as optax.sgd(0.1), got {inner!r}.")
+    raise ValueError(
+      "inner must be an optimizer, such as optax.sgd(0.1) or"
+      f" optax.MultiSteps(...).gradient_transformation(), got {inner!r}."
+    )
 
 
 def _check_combination(inner, after_step, skip_step, moments, keep_weights) -> None:

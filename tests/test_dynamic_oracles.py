@@ -14,7 +14,7 @@ import pytest
 from test_oracles import load
 
 import sparsejax
-from sparsejax import Rule, criteria
+from sparsejax import Rule, criteria, rules
 
 EVERY, STEPS = 5, 40
 POOL = 288  # Weights of the three kernels.
@@ -161,14 +161,24 @@ def test_dropping_by_magnitude_after_the_step_is_that_of_fantastic_weights():
 def test_random_growth_of_a_random_number_is_that_of_fantastic_weights():
   arrays, run = load("trajectories_fw.npz"), "fw_magnitude_random"
   uniform = {name: 1 - u for name, u in by_name(shared(), "uniform/").items()}
-  optimizer = fantastic(
-    arrays,
-    run,
-    criteria.magnitude,
-    grow=of_each_call(uniform, lambda calls: calls // EVERY - 1),
-    exact_growth=False,
+  grow = of_each_call(uniform, lambda calls: calls // EVERY - 1)
+  # In the place of the library's own random numbers.
+  stage = rules.drop_and_grow(criteria.magnitude, grow, cosine, rounding="up", exact_growth=False)
+  assert_is_trajectory(arrays, run, by_a_rule(arrays, run, rules.from_criteria(stage, grow=grow)))
+
+
+def by_a_rule(arrays, run, rule):
+  masks = initial_masks(arrays, run)
+  return sparsejax.masked_updates(
+    rule,
+    due=lambda count: count % EVERY == 0,
+    inner=torch_sgd(),
+    after_step=True,
+    moments="kept",
+    initial_masks=lambda params, pool: jax.tree_util.tree_map_with_path(
+      lambda path, _: masks[path[0].key], pool
+    ),
   )
-  assert_is_trajectory(arrays, run, optimizer)
 
 
 @pytest.mark.parametrize(
@@ -211,18 +221,7 @@ def test_dropping_of_each_sign_is_that_of_fantastic_weights():
     grown = sparsejax.select_smallest(score, number, among=jax.tree.map(jnp.logical_not, kept))
     return jax.tree.map(jnp.logical_or, kept, grown)
 
-  masks = initial_masks(arrays, run)
-  optimizer = sparsejax.masked_updates(
-    Rule((stage,)),
-    due=lambda count: count % EVERY == 0,
-    inner=torch_sgd(),
-    after_step=True,
-    moments="kept",
-    initial_masks=lambda params, pool: jax.tree_util.tree_map_with_path(
-      lambda path, _: masks[path[0].key], pool
-    ),
-  )
-  assert_is_trajectory(arrays, run, optimizer)
+  assert_is_trajectory(arrays, run, by_a_rule(arrays, run, Rule((stage,))))
 
 
 # RigL's code base

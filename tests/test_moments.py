@@ -141,7 +141,7 @@ def test_moments_are_found_wherever_an_optimizer_keeps_them(name):
   inner, *expected = OPTIMIZERS[name]
   state = inner.init(draw())
   ones = jax.tree.map(lambda x: np.ones(x.shape, bool), draw())
-  marked = moments.map_moments(lambda x, m: jnp.full_like(x, 7), state, pool(ones))
+  marked = moments.map_moments(lambda x, x0, m: jnp.full_like(x, 7), state, state, pool(ones))
   found = [kernel for kernel, x in moments_of(marked) if np.all(x == 7)]
   assert [found.count(kernel) for kernel in KERNELS] == expected
   # Everything else is as it was.
@@ -346,7 +346,10 @@ def test_a_function_of_moments_gets_the_leaf_of_each_tree():
   params = draw()
   state = optax.adam(0.1).init(params)
   ones, twos = (jax.tree.map(lambda x, c=c: np.full(x.shape, c), params) for c in (1.0, 2.0))
-  new = moments.map_moments(lambda x, a, b: x + a + 10 * b, state, pool(ones), pool(twos))
+  fresh = jax.tree.map(lambda x: x - 1, state)
+  new = moments.map_moments(
+    lambda x, x0, a, b: 2 * x - x0 - 1 + a + 10 * b, state, fresh, pool(ones), pool(twos)
+  )
   for moment in (new[0].mu, new[0].nu):
     for kernel in KERNELS:
       assert np.all(moment[kernel]["kernel"] == 21)
@@ -359,6 +362,25 @@ def test_nodes_of_other_groups_stay_in_place():
   inner = partition(a=optax.adam(0.1), b=optax.sgd(0.1, momentum=0.9))
   state = inner.init(draw())
   ones = jax.tree.map(lambda x: np.ones(x.shape, bool), draw())
-  new = moments.map_moments(lambda x, m: x + 1, state, pool(ones))
+  new = moments.map_moments(lambda x, x0, m: x + 1, state, state, pool(ones))
   assert jax.tree.structure(new) == jax.tree.structure(state)
   assert [x.shape for x in jax.tree.leaves(new)] == [x.shape for x in jax.tree.leaves(state)]
+
+
+def test_weights_grow_with_moments_as_at_first_where_these_are_not_zero():
+  # Rprop's step sizes could never leave zero.
+  params = {"kernel": jax.random.normal(jax.random.key(0), (6, 8))}
+  tx = sparsejax.dynamic_sparse_training(
+    optax.rprop(0.1), sparsity=0.5, fraction=0.5, every=1, begin=2, end=2, key=jax.random.key(1)
+  )
+  state = tx.init(params)
+  first = sparsejax.get_masks(state, params)["kernel"]
+  params = sparsejax.apply_masks(params, {"kernel": first})
+  update = jax.jit(tx.update)
+  for seed in range(8):
+    gradient = {"kernel": jax.random.normal(jax.random.key(seed), (6, 8))}
+    updates, state = update(gradient, state, params)
+    params = optax.apply_updates(params, updates)
+  grown = sparsejax.get_masks(state, params)["kernel"] & ~first
+  assert grown.any()
+  assert (params["kernel"][grown] != 0).all()
