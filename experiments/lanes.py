@@ -21,9 +21,11 @@ from experiments.training import Images
 def fit_in_lanes(recipe: Recipe) -> bool:
   """Whether runs of this recipe may have a sparsity of their own each.
 
-  They may if only the masks that they start with depend on it, and no ramp does.
+  They may if only the masks that they start with depend on it, and no ramp does; and if the images
+  are in memory.
   """
-  return recipe.cycles == 1 and recipe.best_above == 1 and not recipe.has_ramp
+  is_simple = recipe.cycles == 1 and recipe.best_above == 1 and recipe.data != "imagenet2012"
+  return is_simple and not recipe.has_ramp
 
 
 def train_lanes(

@@ -252,6 +252,23 @@ TABLES = {
     },
     _GRID_SEEDS,
   ),
+  # GraNet on ImageNet, with the GMP of its code.
+  "imagenet": Table(
+    {
+      "ResNet-50 on ImageNet": {
+        "dense": _rows(("resnet50-imagenet-dense",)),
+        **{
+          label: _rows(f"resnet50-imagenet-{name}" for name in names)
+          for label, names in {
+            "GraNet, sparse to sparse": ("granet-80", "granet-90"),
+            "GraNet, dense to sparse": ("granet-80-dense-to-sparse", "granet-90-dense-to-sparse"),
+            "GMP": ("gmp-80", "gmp-90"),
+          }.items()
+        },
+      }
+    },
+    (42,),
+  ),
   # The grid of Fantastic Weights in a short time, and as published on its networks.
   "criteria": Table(
     _grid("lenet300-mnist-e20", (0.5, 0.2, 0.1, 0.05)),

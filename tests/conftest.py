@@ -10,7 +10,12 @@ import hypothesis
 # All of these have to be set before anything imports jax.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
-  [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    # Most of the time is compilation.
+    "--xla_llvm_disable_expensive_passes=true",
+  ]
 ).strip()
 # Different tests compile the same programs: they share them for as long as the tests run.
 if "PYTEST_XDIST_WORKER" not in os.environ:
