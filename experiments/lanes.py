@@ -62,7 +62,7 @@ def train_lanes(
       test_images=jnp.asarray(dataset.test_images),
     )
     trainers = [training.make_trainer(run.recipe, dataset, run.seed) for run in runs]
-    if trainers[0].is_slow_in_a_loop:
+    if trainers[0].steps_are_calls:
       return _one_after_the_other(runs, deadline)
     compiling = time.perf_counter()
     # The optimizer is a part of each state; that of one does for all.

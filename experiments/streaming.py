@@ -148,7 +148,7 @@ def make_trainer(
     start=start,
     tx=learner.tx,
     epoch=make_epoch(train_step),
-    is_slow_in_a_loop=True,
+    steps_are_calls=True,
     compile_epoch=compile_epoch,
     evaluate=evaluate,
     validate=evaluate,

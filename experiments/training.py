@@ -59,7 +59,7 @@ class Trainer:
     start: (parameters and running statistics, masks, step) -> state, with a fresh optimizer.
     tx: the optimizer of its states; not the masks and the key that they start with.
     epoch: the function (state, training images) -> (state, EpochMetrics), as it is.
-    is_slow_in_a_loop: whether `compile_epoch` makes a call from Python of each step.
+    steps_are_calls: whether `compile_epoch` makes a call from Python of each step.
     compile_epoch: compiles and returns it. It uses the state's buffers for its result then.
     evaluate: (state, images) -> Evaluation, on the images as they are.
     validate: (state, images) -> Evaluation, on augmented images, the same ones each time.
@@ -74,7 +74,7 @@ class Trainer:
   start: Callable[..., TrainState]
   tx: optax.GradientTransformation
   epoch: Callable[..., tuple[TrainState, EpochMetrics]]
-  is_slow_in_a_loop: bool
+  steps_are_calls: bool
   compile_epoch: Callable[[], Callable[..., tuple[TrainState, EpochMetrics]]]
   evaluate: Callable[..., Evaluation]
   validate: Callable[..., Evaluation]
@@ -128,7 +128,7 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
   # XLA's CPU backend runs gradients of convolutions 40 times slower in a loop than outside of one
   # (https://github.com/jax-ml/jax/issues/12868), so there each step is a call from Python.
   on_cpu = all(device.platform == "cpu" for device in train.labels.devices())
-  is_slow_in_a_loop = on_cpu and _has_convolutions(learner.model, learner.variables, train)
+  steps_are_calls = on_cpu and _has_convolutions(learner.model, learner.variables, train)
 
   def init():
     return learner.init(train.pixels[train.index[:batch]], train.labels[:batch])
@@ -160,7 +160,7 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
 
   def compile_epoch():
     state = learner.state
-    if not is_slow_in_a_loop:
+    if not steps_are_calls:
       return jax.jit(epoch, donate_argnums=0).lower(state, train).compile()
     key, order = jax.eval_shape(begin, state.step, train.key)
     step = jax.jit(train_step, donate_argnums=0)
@@ -207,7 +207,7 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
     start=learner.start,
     tx=learner.tx,
     epoch=epoch,
-    is_slow_in_a_loop=is_slow_in_a_loop,
+    steps_are_calls=steps_are_calls,
     compile_epoch=compile_epoch,
     evaluate=jax.jit(lambda state, images: evaluate(state, images, lambda key, x: x)),
     # As published: the validation images pass through the augmentation too.

@@ -203,7 +203,7 @@ def test_steps_called_one_by_one_make_the_epoch_that_one_program_makes(small, mo
   monkeypatch.setattr(training, "_has_convolutions", lambda *_: False)
   other = training.make_trainer(small, data.load("digits"), seed=0)
   scanned, of_scan = other.compile_epoch()(other.init(), other.train)
-  assert trainer.is_slow_in_a_loop and not other.is_slow_in_a_loop
+  assert trainer.steps_are_calls and not other.steps_are_calls
   chex.assert_trees_all_close(called.params, scanned.params, rtol=1e-4, atol=1e-5)
   chex.assert_trees_all_close(of_calls, of_scan, rtol=1e-4)
   assert int(called.step) == 3
