@@ -133,8 +133,8 @@ _RIGL = Recipe(
 # from half of the weights; masks change every 4000 steps, the ramp ends with epoch 30.
 # DEVIATIONS: those of GraNet above, and in their place or besides: bfloat16; batch norm sees the
 # whole batch (there, the halves on two GPUs, each with a random start of its own); convolutions
-# start from fan_out (there, fan_in); 1,281,152 images an epoch (there, 15 more in a last batch); what
-# is regenerated falls from half to 0.5 % along a cosine, as on CIFAR.
+# start from fan_out (there, fan_in); 1,281,152 images an epoch (there, 15 more in a last batch);
+# what is regenerated falls from half to 0.5 % along a cosine, as on CIFAR.
 # Weight decay spares the parameters of batch norm but for those in shortcuts, as it does there.
 _IMAGENET = Recipe(
   data="imagenet2012",

@@ -291,7 +291,7 @@ def _running(score: Score, decay: float) -> Criterion:
 
   return Criterion(
     # In half precision an average would soon stand still.
-    init=lambda weight: jnp.zeros_like(_widened(weight)),
+    init=lambda weight: jnp.zeros_like(weight, jnp.promote_types(weight.dtype, jnp.float32)),
     update=update,
     score=lambda leaf, mean: mean,
   )

@@ -208,11 +208,11 @@ WRAPPERS = (
     "granet", sparsejax.granet, prunes_of_pool(SPARSITY), initial=0.3, steps=8, fraction=0.4
   ),
   _dynamic("rigl", sparsejax.rigl, prunes_by_densities(_erk), end=10),
-  _dynamic("set", sparsejax.sparse_evolutionary_training, prunes_by_densities(_er)),
 )
 CASES = LINKS + WRAPPERS
 
 VARIANTS = (
+  _dynamic("set", sparsejax.sparse_evolutionary_training, prunes_by_densities(_er)),
   _dynamic("snfs", sparsejax.snfs, prunes_in_all(reference.uniform_densities), fraction=0.4),
   Case(
     "static",

@@ -94,12 +94,12 @@ SMOKED = [
   for name in RECIPES
   if name not in sparse_training.published()
   and not re.search(r"-e\d+-|lth|cifar10.*-(\d\d|72\.9)-|mnist-78|vgg19-cifar10-dense", name)
-  and not re.search(r"imagenet|resnet18-cifar10-(?!dense|72\.9)", name)
+  and not re.search(r"imagenet|resnet18-cifar10-(?!72\.9)|resnet20|vgg-like", name)
 ]
 SMOKED += [f"lenet300-mnist-98-e40-{method}" for method in ("gmp-original", "snip", "synflow")]
 SMOKED += ["lenet300-mnist-e40-lth-rewind", "vgg19-cifar10-98-grasp"]
 SMOKED += ["lenet300-mnist-98-e40-granet-sparse", "lenet300-mnist-98-e40-snfs"]
-SMOKED += ["mlp-cifar10-each-sign-random", "wrn-22-2-cifar10-rigl"]
+SMOKED += ["lenet300-mnist-98-e40-rigl", "mlp-cifar10-each-sign-random"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
