@@ -1060,3 +1060,12 @@ def test_leaves_that_would_have_to_become_denser_are_an_error():
   )
   with pytest.raises(ValueError, match="is below that of the start"):
     tx.init(params)
+
+
+def test_of_an_odd_number_the_positive_weights_give_one_more():
+  weight = jnp.array([1.0, 2.0, 3.0, -1.0, -2.0, -3.0])
+  leaf = criteria.Leaf(weight, jnp.ones(6, bool), count=jnp.uint32(3))
+  np.testing.assert_array_equal(criteria.each_sign(leaf) == 0, [1, 1, 0, 1, 0, 0])
+  # Where there are too few of one sign, the other makes up for it.
+  leaf = criteria.Leaf(jnp.abs(weight), weight > 0, count=jnp.uint32(2))
+  np.testing.assert_array_equal(criteria.each_sign(leaf) == 0, [1, 1, 0, 0, 0, 0])
