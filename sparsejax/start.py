@@ -101,10 +101,10 @@ def initial_masks(
 
 def _check_all_true(masks: PyTree, params: PyTree, besides: Container[str]) -> None:
   """Raises a ValueError if masks are known to prune parameters besides those named."""
-  given, weights = masks_lib.leaves_by_name(masks), masks_lib.leaves_by_name(params)
-  for name in given.keys() & weights.keys():
-    mask = given[name]
-    if name not in besides and not isinstance(mask, jax.core.Tracer) and not np.all(mask):
+  weights = masks_lib.leaves_by_name(params)
+  for name, mask in masks_lib.leaves_by_name(masks).items():
+    is_pruned = not isinstance(mask, jax.core.Tracer) and not np.all(mask)
+    if is_pruned and name in weights and name not in besides:
       raise ValueError(f"the masks prune {name!r}, which is not prunable: see `prunable`.")
 
 
