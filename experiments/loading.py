@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import data, imagenet
+from experiments import data, imagenet, prepare
 
 # The shape of a typical image of ImageNet, and the quality that most of its files have.
 _WIDTH, _HEIGHT, _QUALITY = 500, 375, 90
@@ -76,16 +76,9 @@ def write_prepared(
   import tensorflow_datasets as tfds
 
   builder = tfds.builder(imagenet.NAME, data_dir=target)
-  directory = pathlib.Path(builder.data_dir)
-  directory.mkdir(parents=True)
-  builder.info.set_file_format("array_record", override=True)
-  writer = tfds.core.SequentialWriter(
-    builder.info, max_examples_per_shard=images_per_shard, file_format="array_record"
-  )
-  writer.initialize_splits(list(splits))
-  writer.add_examples({split: _examples(split, images) for split, images in splits.items()})
-  writer.close_all()
-  return directory
+  examples = {split: _examples(split, images) for split, images in splits.items()}
+  prepare.write_shards(builder, examples, examples_per_shard=images_per_shard)
+  return pathlib.Path(builder.data_dir)
 
 
 def _examples(split: str, images: Iterable[tuple[Any, int]]) -> Iterator[dict[str, Any]]:

@@ -12,8 +12,8 @@ import pathlib
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 from urllib import parse
 
 import tyro
@@ -116,26 +116,43 @@ def write(dataset: published.Dataset, target: pathlib.Path) -> pathlib.Path:
       raise FileExistsError(
         f"{destination} exists already and is not overwritten: remove it, or choose another target."
       )
-    written.mkdir(parents=True)
     features = builder.info.features
     for feature, names in _NAMES.get(dataset.name, {}).items():
       features[feature].names = names
-    builder.info.set_file_format("array_record", override=True)
     # One shard a split, as TFDS has it for data of this size, and in order.
-    writer = tfds.core.SequentialWriter(
-      builder.info, max_examples_per_shard=1_000_000, file_format="array_record"
-    )
-    writer.initialize_splits(["train", "test"])
-    writer.add_examples(
+    write_shards(
+      builder,
       {
         "train": examples("train", dataset.train_images, dataset.train_labels),
         "test": examples("test", dataset.test_images, dataset.test_labels),
-      }
+      },
+      examples_per_shard=1_000_000,
     )
-    writer.close_all()
     destination.parent.mkdir(exist_ok=True)
     written.rename(destination)
   return destination
+
+
+def write_shards(
+  builder: Any, splits: Mapping[str, Iterable[dict[str, Any]]], *, examples_per_shard: int
+) -> None:
+  """Writes examples into the directory of a TFDS builder, which is made, in ArrayRecord format.
+
+  Args:
+    builder: a `tensorflow_datasets.core.DatasetBuilder` whose directory does not exist.
+    splits: by name, examples with its features, in order.
+    examples_per_shard: at most so many are in one file.
+  """
+  import tensorflow_datasets as tfds
+
+  pathlib.Path(builder.data_dir).mkdir(parents=True)
+  builder.info.set_file_format("array_record", override=True)
+  writer = tfds.core.SequentialWriter(
+    builder.info, max_examples_per_shard=examples_per_shard, file_format="array_record"
+  )
+  writer.initialize_splits(list(splits))
+  writer.add_examples(dict(splits))
+  writer.close_all()
 
 
 def download(name: str, target: pathlib.Path) -> published.Dataset:
