@@ -29,7 +29,7 @@ class Published:
 
 @dataclasses.dataclass(frozen=True)
 class Dynamic:
-  """Sparse training whose weights are dropped and grow: see `sparsejax.dynamic`."""
+  """Sparse training whose weights are dropped and grow: see `sparsejax.dynamic_sparse_training`."""
 
   method: Literal["none", "static", "criteria", "granet", "rigl", "set", "snfs"] = "none"
   """"criteria" drops and grows by the criteria below, as in Fantastic Weights; the others have

@@ -1,15 +1,15 @@
 """The sparsity library for JAX: pruning and sparse training as optax gradient transformations."""
 
 from sparsejax import allocation, criteria, foresight, lottery
-from sparsejax.allocation import masks_from_scores
-from sparsejax.dynamic import (
-  dynamic_sparse_training,
+from sparsejax.alias import (
   granet,
   rigl,
   snfs,
   sparse_evolutionary_training,
   static_sparse_training,
 )
+from sparsejax.allocation import masks_from_scores
+from sparsejax.dynamic import dynamic_sparse_training
 from sparsejax.gradual import (
   fixed_masks,
   gradual_pruning,

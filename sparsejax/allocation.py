@@ -176,7 +176,7 @@ def check_leaves(sparsity: Sparsity, tree: PyTree, pool: PyTree) -> None:
   Raises:
     ValueError: if there is no sparsity for a leaf of the pool, or one for anything else.
   """
-  if _is_scalar(sparsity):
+  if is_scalar(sparsity):
     return
   prunable = masks_lib.leaves_by_name(pool)
   leaves, elsewhere = masks_lib.leaves_and_masked_nodes(tree)
@@ -196,14 +196,15 @@ def check_leaves(sparsity: Sparsity, tree: PyTree, pool: PyTree) -> None:
 
 def for_leaves(sparsity: Sparsity, pool: PyTree) -> Density | list[Density]:
   """A sparsity as a scalar, or as a list with one for each leaf of the pool."""
-  if _is_scalar(sparsity):
+  if is_scalar(sparsity):
     return sparsity
   given = masks_lib.leaves_by_name(sparsity)
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(pool)]
   return [given[masks_lib.path_name(path)] for path in paths]
 
 
-def _is_scalar(sparsity: Sparsity) -> bool:
+def is_scalar(sparsity: Sparsity) -> bool:
+  """Whether this is one sparsity, and no tree of them."""
   return jax.tree_util.treedef_is_leaf(jax.tree.structure(sparsity))
 
 

@@ -55,7 +55,7 @@ def initial_masks(
   """
   is_given, is_dense = masks is not None, isinstance(sparsity, float) and sparsity == 0
   # Weights of given sparsities per leaf are drawn too: an allocation has nothing to do there.
-  by_magnitude = allocation_lib.resolve(allocation) is None and not is_tree(sparsity)
+  by_magnitude = allocation_lib.resolve(allocation) is None and allocation_lib.is_scalar(sparsity)
   if is_given:
     masks_lib.check_boolean(masks)
   elif key is None and not (is_dense or by_magnitude):
@@ -65,7 +65,7 @@ def initial_masks(
     )
 
   def masks_of(params, pool):
-    if is_tree(final) and isinstance(sparsity, float):
+    if not allocation_lib.is_scalar(final) and isinstance(sparsity, float):
       for name, value in masks_lib.leaves_by_name(final).items():
         in_pool = name in masks_lib.leaves_by_name(pool)
         if in_pool and isinstance(value, float) and value < sparsity:
@@ -106,7 +106,3 @@ def _check_all_true(masks: PyTree, params: PyTree, besides: Container[str]) -> N
     is_pruned = not isinstance(mask, jax.core.Tracer) and not np.all(mask)
     if is_pruned and name in weights and name not in besides:
       raise ValueError(f"the masks prune {name!r}, which is not prunable: see `prunable`.")
-
-
-def is_tree(sparsity: PyTree) -> bool:
-  return not jax.tree_util.treedef_is_leaf(jax.tree.structure(sparsity))
