@@ -15,6 +15,7 @@ References:
 """
 
 import difflib
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -134,7 +135,7 @@ def magnitude(leaf: Leaf) -> jax.Array:
 
 def random(leaf: Leaf) -> jax.Array:
   """Independent uniform numbers in [0, 1): every weight is equally likely to go, or to grow."""
-  return jax.random.uniform(leaf.key, leaf.weight.shape)
+  return _uniform_like(leaf.weight, leaf.key)
 
 
 def gradient(leaf: Leaf) -> jax.Array:
@@ -267,6 +268,13 @@ def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
   # Nothing in relation to nothing is nothing; without this it would be NaN, and never go.
   ratio = jnp.abs(numerator) / jnp.abs(denominator)
   return jnp.where(numerator == 0, jnp.zeros_like(ratio), ratio)
+
+
+# The array says on which devices, so it is not to be dropped as unused.
+@functools.partial(jax.jit, keep_unused=True)
+def _uniform_like(array: jax.Array, key: jax.Array) -> jax.Array:
+  """Independent uniform numbers in [0, 1), one for each entry of an array, and sharded alike."""
+  return jax.random.uniform(key, array.shape, out_sharding=jax.typeof(array).sharding)
 
 
 def _of_each_sign(

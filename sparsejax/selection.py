@@ -307,13 +307,13 @@ def _widened(scores: jax.Array, dtype) -> jax.Array:
 
 
 def _positions(x: jax.Array, anything: jax.Array) -> jax.Array:
-  """The C-order index of each entry.
+  """The C-order index of each entry, sharded alike.
 
-  It depends on a scalar of the loop, though not in value: XLA would otherwise compute it before the
-  loop, into memory.
+  It depends on a scalar of the loop, though not in value, from its first multiplication on: XLA
+  would otherwise compute it before the loop, into memory.
   """
   position = anything
-  for axis in range(x.ndim):
-    stride = int(np.prod(x.shape[axis + 1 :], dtype=np.int64))
-    position += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(stride)
-  return jnp.broadcast_to(position - anything, x.shape)
+  for axis, size in enumerate(x.shape):
+    along = lax.broadcasted_iota(jnp.uint32, x.shape, axis, out_sharding=jax.typeof(x).sharding)
+    position = position * np.uint32(size) + along
+  return jnp.broadcast_to(position - anything * np.uint32(x.size), x.shape)
