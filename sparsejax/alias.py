@@ -24,6 +24,7 @@ def granet(
   ramp_allocation: Allocation = "global",
   masks: PyTree | None = None,
   moments: Moments = "masked",
+  pack: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -48,6 +49,7 @@ def granet(
     ramp_allocation: how that of the ramp is.
     masks: the masks to start with instead.
     moments: as in `sparsejax.dynamic_sparse_training`.
+    pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
     key: a random key, if the start is sparse.
 
@@ -97,6 +99,7 @@ def granet(
     after_step=True,
     moments=moments,
     rounding="up",
+    pack=pack,
     prunable=prunable,
     key=key,
   )
@@ -112,6 +115,7 @@ def rigl(
   allocation: Allocation = "erk",
   masks: PyTree | None = None,
   moments: Moments = "reset",
+  pack: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -127,6 +131,7 @@ def rigl(
     allocation: how the sparsity is shared out among layers.
     masks: the masks to start with instead.
     moments: as in `sparsejax.dynamic_sparse_training`.
+    pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
     key: a random key, for the masks to start with.
 
@@ -153,6 +158,7 @@ def rigl(
     skip_step=True,
     moments=moments,
     rounding="down",
+    pack=pack,
     prunable=prunable,
     key=key,
   )
@@ -168,6 +174,7 @@ def sparse_evolutionary_training(
   allocation: Allocation = "er",
   masks: PyTree | None = None,
   moments: Moments = "masked",
+  pack: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -182,6 +189,7 @@ def sparse_evolutionary_training(
     allocation: how the sparsity is shared out among layers.
     masks: the masks to start with instead.
     moments: as in `sparsejax.dynamic_sparse_training`.
+    pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
     key: a random key.
 
@@ -208,6 +216,7 @@ def sparse_evolutionary_training(
     masks=masks,
     after_step=True,
     moments=moments,
+    pack=pack,
     prunable=prunable,
     key=key,
   )
@@ -223,6 +232,7 @@ def snfs(
   end: int | None = None,
   allocation: Allocation = "uniform",
   masks: PyTree | None = None,
+  pack: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -242,6 +252,7 @@ def snfs(
     end: the call at which masks change last. Without it they go on changing.
     allocation: how the sparsity is shared out among layers at the start.
     masks: the masks to start with instead.
+    pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
     key: a random key, for the masks to start with.
 
@@ -269,6 +280,7 @@ def snfs(
     moments="kept",
     redistribute=criteria.mean_momentum if redistribute else None,
     rounding="up",
+    pack=pack,
     prunable=prunable,
     key=key,
   )
@@ -280,6 +292,7 @@ def static_sparse_training(
   sparsity: float | jax.Array | PyTree | None = None,
   allocation: Allocation = "erk",
   masks: PyTree | None = None,
+  pack: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -290,6 +303,7 @@ def static_sparse_training(
     sparsity: as in `sparsejax.dynamic_sparse_training`.
     allocation: how the sparsity is shared out among layers.
     masks: the masks instead of those drawn; as a link after an optimizer, `sparsejax.fixed_masks`.
+    pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
     key: a random key, for the masks.
 
@@ -306,6 +320,7 @@ def static_sparse_training(
     due=lambda count: False,
     inner=inner,
     initial_masks=start.initial_masks(sparsity, masks, allocation, key, final=sparsity),
+    pack=pack,
     prunable=prunable,
     key=key,
   )

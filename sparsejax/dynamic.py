@@ -46,6 +46,7 @@ def dynamic_sparse_training(
   redistribute: Score | None = None,
   exact_growth: bool = True,
   rounding: Rounding = "nearest",
+  pack: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -100,6 +101,7 @@ def dynamic_sparse_training(
     exact_growth: whether exactly k weights grow. If not, each candidate grows by itself, with the
       probability that gives k on average; only for random growth. The sparsity drifts then.
     rounding: of k: "nearest", "up" or "down".
+    pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
     key: a random key, for masks drawn at random and for random criteria; it lives in the state.
 
@@ -177,6 +179,7 @@ def dynamic_sparse_training(
     skip_step=skip_step,
     moments=moments,
     initial_masks=start.initial_masks(first, masks, allocation, key, final=sparsity),
+    pack=pack,
     prunable=prunable,
     key=key,
   )

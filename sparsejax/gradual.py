@@ -24,6 +24,7 @@ def progressive_pruning(
   initial: float = 0.0,
   allocation: Allocation = "global",
   criterion: str | Score | Criterion = criteria.magnitude,
+  pack: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -55,6 +56,7 @@ def progressive_pruning(
       "erk", or a function; see `sparsejax.allocation`.
     criterion: the score of each weight, lowest pruned: a name, a function of a
       `sparsejax.criteria.Leaf`, or a `sparsejax.criteria.Criterion`.
+    pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are pruned.
     key: a random key, for criteria that use one.
 
@@ -118,6 +120,7 @@ def progressive_pruning(
     sparsity=sparsity,
     allocation=allocation,
     criterion=criterion,
+    pack=pack,
     prunable=prunable,
     key=key,
   )
@@ -132,6 +135,7 @@ def gradual_pruning(
   keep_weights: bool = False,
   allocation: Allocation = "global",
   criterion: str | Score | Criterion = criteria.magnitude,
+  pack: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -170,6 +174,7 @@ def gradual_pruning(
       "erk", or a function; see `sparsejax.allocation`.
     criterion: the score of each weight, lowest pruned: a name, a function of a
       `sparsejax.criteria.Leaf`, or a `sparsejax.criteria.Criterion`.
+    pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are pruned.
     key: a random key, for criteria that use one.
 
@@ -224,6 +229,7 @@ def gradual_pruning(
     keep_weights=keep_weights,
     allocation=allocation,
     criterion=criterion,
+    pack=pack,
     prunable=prunable,
     key=key,
   )
@@ -235,6 +241,7 @@ def one_shot_pruning(
   at: int,
   allocation: Allocation = "global",
   criterion: str | Score | Criterion = criteria.magnitude,
+  pack: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -249,6 +256,7 @@ def one_shot_pruning(
       "erk", or a function; see `sparsejax.allocation`.
     criterion: the score of each weight, lowest pruned: a name, a function of a
       `sparsejax.criteria.Leaf`, or a `sparsejax.criteria.Criterion`.
+    pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are pruned.
     key: a random key, for criteria that use one.
 
@@ -276,12 +284,13 @@ def one_shot_pruning(
     begin=at,
     allocation=allocation,
     criterion=criterion,
+    pack=pack,
     prunable=prunable,
     key=key,
   )
 
 
-def fixed_masks(masks: PyTree) -> optax.GradientTransformationExtraArgs:
+def fixed_masks(masks: PyTree, *, pack: bool = False) -> optax.GradientTransformationExtraArgs:
   """Keeps weights at zero under masks that never change.
 
   In a chain of transformations, this should be the last one.
@@ -289,6 +298,7 @@ def fixed_masks(masks: PyTree) -> optax.GradientTransformationExtraArgs:
   Args:
     masks: a boolean tree with the leaves of the parameters, True where a weight is active, such as
       `sparsejax.masks_from_scores` makes; `optax.MaskedNode()` stands for leaves without a mask.
+    pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`; see `sparsejax.masked_updates`. The first update
@@ -318,6 +328,7 @@ def fixed_masks(masks: PyTree) -> optax.GradientTransformationExtraArgs:
     lambda call: call.masks,
     due=lambda count: False,
     initial_masks=functools.partial(masks_lib.by_name, masks),
+    pack=pack,
     prunable=is_masked,
   )
 
@@ -329,6 +340,7 @@ def _prune_lowest(
   sparsity: PyTree,
   allocation: Allocation,
   criterion: str | Score | Criterion,
+  pack: bool,
   prunable: Prunable,
   key: jax.Array | None,
   keep_weights: bool = False,
@@ -341,7 +353,7 @@ def _prune_lowest(
     rules.prune_lowest(goal, allocation, criterion, revive=keep_weights), drop=criterion
   )
   pruning = transform.masked_updates(
-    rule, due=due, keep_weights=keep_weights, prunable=prunable, key=key
+    rule, due=due, keep_weights=keep_weights, pack=pack, prunable=prunable, key=key
   )
 
   def init_fn(params):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from sparsejax import masks as masks_lib
+from sparsejax import state
 from sparsejax.masks import Prunable, PyTree, is_kernel
 
 
@@ -47,12 +48,14 @@ class Summary:
     pool: their total: the sparsity that the transformations speak of.
     others: the total of the leaves that are never pruned, such as biases.
     total: all parameters.
+    mask_bytes: the memory that masks take in the optimizer state, or None if it is not known.
   """
 
   layers: tuple[Row, ...]
   pool: Row
   others: Row
   total: Row
+  mask_bytes: int | None = None
 
   @property
   def empty(self) -> tuple[str, ...]:
@@ -86,6 +89,8 @@ class Summary:
     lines = [aligned(header), rule, *body[: len(self.layers)], rule, *body[len(self.layers) :]]
     if self.empty:
       lines.append(f"no active weight in {', '.join(self.empty)}")
+    if self.mask_bytes is not None:
+      lines.append(f"masks in the optimizer state: {self.mask_bytes:,} bytes")
     return "\n".join(lines)
 
 
@@ -94,6 +99,7 @@ def summary(
   masks: PyTree,
   *,
   positions: Mapping[str, int] | None = None,
+  opt_state: PyTree | None = None,
   prunable: Prunable = is_kernel,
 ) -> Summary:
   """Counts parameters, active weights and FLOPs per layer.
@@ -104,6 +110,7 @@ def summary(
     positions: by the name of a kernel, at how many positions of the output it is applied for one
       example: 1 for a dense layer, height times width of the output for a convolution. The FLOPs of
       a layer are known only with it; kernels of rank 2 count as dense layers by default.
+    opt_state: the optimizer state, if the memory is to be shown that masks take in it.
     prunable: which leaves are in the pool.
 
   Returns:
@@ -154,6 +161,7 @@ def summary(
     pool,
     _add("others", others),
     dataclasses.replace(total, dense_flops=pool.dense_flops, flops=pool.flops),
+    None if opt_state is None else state.mask_bytes(opt_state),
   )
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import masks as masks_lib
+from sparsejax import packing
 from sparsejax.masks import PyTree
 
 
@@ -16,7 +17,8 @@ class MaskedUpdatesState(NamedTuple):
   Attributes:
     count: number of calls of `update` so far.  # shape=(), dtype=jnp.int32
     masks: a boolean tree with the structure of the parameters, True where a weight is active, with
-      `optax.MaskedNode()` in place of leaves that are never pruned.
+      `optax.MaskedNode()` in place of leaves that are never pruned. Packed ones have eight weights
+      of the last axis in a byte; `sparsejax.get_masks` unpacks them.
     key: the random key, or None.
     inner: the state of the optimizer that is wrapped, or None.
     statistics: what the rule keeps from call to call, or None.
@@ -59,7 +61,7 @@ def get_masks(opt_state: PyTree, params: PyTree) -> PyTree:
     )
   found = {}
   for state in states:
-    for path, mask in jax.tree_util.tree_leaves_with_path(state.masks):
+    for path, mask in jax.tree_util.tree_leaves_with_path(packing.unpack(state.masks, params)):
       found.setdefault(masks_lib.strip_value(path), []).append(mask)
 
   def full_mask(path, leaf):
@@ -80,6 +82,12 @@ def get_masks(opt_state: PyTree, params: PyTree) -> PyTree:
       )
 
   return jax.tree_util.tree_map_with_path(full_mask, params)
+
+
+def mask_bytes(opt_state: PyTree) -> int:
+  """The memory that all masks in an optimizer state take."""
+  masks = [mask for state in _states(opt_state) for mask in jax.tree.leaves(state.masks)]
+  return sum(mask.size * mask.dtype.itemsize for mask in masks)
 
 
 def _states(opt_state: PyTree) -> Iterator[MaskedUpdatesState]:

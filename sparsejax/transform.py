@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import arguments, selection
+from sparsejax import arguments, packing, selection
 from sparsejax import masks as masks_lib
 from sparsejax.masks import Prunable, PyTree, is_kernel, is_masked_node
 from sparsejax.moments import map_moments
@@ -72,6 +72,7 @@ def masked_updates(
   moments: Moments = "masked",
   initial_masks: Callable[[PyTree, PyTree], PyTree] | None = None,
   keep_weights: bool = False,
+  pack: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -135,6 +136,9 @@ def masked_updates(
       then pass as they are, and the masks in the state are to be applied wherever the network
       computes: `sparsejax.apply_masks(params, sparsejax.get_masks(state, params))`. Not with an
       inner optimizer.
+    pack: whether the state holds masks as one bit per weight, packed along the last axis, and not
+      as one byte. Results are the same bit for bit, and a step takes as long. Where the last axis
+      is sharded, its parts should be multiples of eight long.
     prunable: `prunable(path, leaf) -> bool` says which leaves are pruned, given their path as in
       `jax.tree_util.tree_map_with_path`. An attribute `value` at its end, as of a variable of Flax
       NNX, is left out.
@@ -155,6 +159,7 @@ def masked_updates(
   _check_combination(inner, after_step, skip_step, moments, keep_weights)
   rule = rule if isinstance(rule, Rule) else Rule((rule,))
   inner = None if inner is None else optax.with_extra_args_support(inner)
+  store = packing.pack if pack else lambda masks: masks
 
   def init_fn(params):
     pool = masks_lib.select_prunable(params, prunable)
@@ -165,7 +170,7 @@ def masked_updates(
       masks = jax.tree.map(jnp.logical_and, masks, initial_masks(params, pool))
     return MaskedUpdatesState(
       count=jnp.zeros([], jnp.int32),
-      masks=masks,
+      masks=store(masks),
       key=None if key is None else jnp.array(key),
       inner=None if inner is None else inner.init(params),
       statistics=rule.init(pool),
@@ -177,10 +182,12 @@ def masked_updates(
         "pruning needs the weights: call update(updates, state, params) with the parameters as"
         " third argument."
       )
-    weights = masks_lib.pick(state.masks, params, "the masks", "the parameters")
-    of_weights = masks_lib.pick(state.masks, updates, "the masks", "the updates")
+    load = functools.partial(packing.unpack, params=params)
+    before = load(state.masks)
+    weights = masks_lib.pick(before, params, "the masks", "the parameters")
+    of_weights = masks_lib.pick(before, updates, "the masks", "the updates")
     if grad is not None:
-      gradient = masks_lib.pick(state.masks, grad, "the masks", "the gradients")
+      gradient = masks_lib.pick(before, grad, "the masks", "the gradients")
     else:
       gradient = None if inner is None else of_weights
     count = state.count + 1 if after_step else state.count
@@ -191,10 +198,10 @@ def masked_updates(
       call_key = None if state.key is None else jax.random.fold_in(state.key, state.count)
       # Masks have no derivative, and JAX should not look for one in the rule.
       weights, grad, inner_state = jax.lax.stop_gradient((weights, gradient, inner_state))
-      call = Call(count, weights, state.masks, grad, call_key, inner_state, state.statistics)
+      call = Call(count, weights, before, grad, call_key, inner_state, state.statistics)
       call = call._replace(statistics=rule.observe(call))
-      masks, survivors = _changed(rule.stages, call, is_due)
-      return masks, survivors, _select(is_due, rule.forget(call), call.statistics)
+      found, survivors = _changed(rule.stages, call, is_due, state.masks, load, store)
+      return found, survivors, _select(is_due, rule.forget(call), call.statistics)
 
     def step(masks, survivors, inner_state):
       seen = (lambda tree: tree) if moments == "kept" else functools.partial(_masked, masks)
@@ -203,10 +210,11 @@ def masked_updates(
 
     inner_state = state.inner
     if after_step:
-      updates, inner_state = step(state.masks, state.masks, inner_state)
-      made = masks_lib.pick(state.masks, updates, "the masks", "the updates")
-      weights = _masked(state.masks, optax.apply_updates(weights, made))
-    masks, survivors, statistics = change(weights, inner_state)
+      updates, inner_state = step(before, before, inner_state)
+      made = masks_lib.pick(before, updates, "the masks", "the updates")
+      weights = _masked(before, optax.apply_updates(weights, made))
+    found, survivors, statistics = change(weights, inner_state)
+    masks, survivors = load(found), load(survivors)
     if inner is not None and moments != "kept":
       inner_state = map_moments(
         lambda x, x0, m, s: _where(s if moments == "masked" else s | ~m, x, x0),
@@ -227,7 +235,7 @@ def masked_updates(
     if not keep_weights:
       updates = _map_masked(lambda m, u, p: _where(m, u, -p), may_move, updates, params)
     return updates, MaskedUpdatesState(
-      optax.safe_increment(state.count), masks, state.key, inner_state, statistics
+      optax.safe_increment(state.count), found, state.key, inner_state, statistics
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -299,26 +307,39 @@ def _check_combination(inner, after_step, skip_step, moments, keep_weights) -> N
 
 
 def _changed(
-  stages: Sequence[Callable[[Call], PyTree]], call: Call, is_due: jax.Array
+  stages: Sequence[Callable[[Call], PyTree]],
+  call: Call,
+  is_due: jax.Array,
+  stored: PyTree,
+  load: Callable[[PyTree], PyTree],
+  store: Callable[[PyTree], PyTree],
 ) -> tuple[PyTree, PyTree]:
-  """The masks after a call, and where weights have been active all the time."""
+  """The masks after a call, and where weights have been active all the time, both as stored.
 
-  def changed(call=call):
+  Args:
+    stages: of the rule.
+    call: with the masks before.
+    is_due: whether masks change.
+    stored: the masks before as the state has them.
+    load: from such masks to boolean ones.
+    store: the other way.
+  """
+
+  def changed():
+    now = call._replace(masks=load(stored))
     found = []
     for stage in stages:
-      masks = stage(call)
-      masks_lib.pick(call.masks, masks, "the masks", "the masks that the rule returns")
-      masks = jax.tree.map(lambda m, before: jnp.where(is_due, m, before), masks, call.masks)
-      call = call._replace(masks=masks, params=_masked(masks, call.params))
-      found.append(masks)
+      masks = stage(now)
+      masks_lib.pick(now.masks, masks, "the masks", "the masks that the rule returns")
+      masks = jax.tree.map(lambda m, before: jnp.where(is_due, m, before), masks, now.masks)
+      now = now._replace(masks=masks, params=_masked(masks, now.params))
+      found.append(store(masks))
     return found
 
-  # What the rule looks at is all that goes in: updates among the operands would be written to
-  # memory at each step, for nothing.
-  found = jax.lax.cond(_in_any_lane(is_due), changed, lambda: [call.masks] * len(stages))
-  survivors = jax.tree.map(
-    lambda *each: functools.reduce(jnp.logical_and, each), call.masks, *found
-  )
+  # What the rule looks at is all that goes in: updates among the operands, or masks that are
+  # unpacked, would be written to memory at each step, for nothing.
+  found = jax.lax.cond(_in_any_lane(is_due), changed, lambda: [stored] * len(stages))
+  survivors = jax.tree.map(lambda *each: functools.reduce(jnp.bitwise_and, each), stored, *found)
   return found[-1], survivors
 
 

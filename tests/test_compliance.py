@@ -805,6 +805,36 @@ def test_lanes_at_different_calls_change_their_masks_each_in_its_own_time(case):
   assert 0 < sum(changed) < len(changed)
 
 
+# Packed masks
+
+
+@every_case
+def test_packed_masks_give_the_same_results_bit_for_bit(case):
+  weights, updates = make_replay()
+  packed = case.build(cases.make_params(), pack=True)
+  assert_trees_equal(jitted_replay(packed, weights, updates), _given_masks(case))
+
+
+@every_case
+def test_the_state_holds_a_byte_for_eight_weights_of_the_last_axis_if_packed(case):
+  params = cases.make_params()
+  state = case.build(params, pack=True).init(params)
+  for layer in params:
+    mask, shape = state.masks[layer]["kernel"], params[layer]["kernel"].shape
+    assert (mask.dtype, mask.shape) == (jnp.uint8, (*shape[:-1], -(-shape[-1] // 8)))
+
+
+@each(cases.named("progressive", "granet"))
+def test_packed_masks_that_do_not_fit_the_parameters_are_an_error_that_names_the_path(case):
+  params = cases.make_params()
+  state = case.build(params, pack=True).init(params)
+  wrong = params | {"hidden": params["hidden"] | {"kernel": jnp.ones((8, 17))}}
+  with pytest.raises(ValueError, match="'hidden/kernel' has shape \\(8, 17\\)"):
+    case.build(params, pack=True).update(wrong, state, wrong)
+  with pytest.raises(ValueError, match="have 'hidden/kernel', but the parameters have not"):
+    sparsejax.get_masks(state, {"conv": params["conv"], "out": params["out"]})
+
+
 # Sharding
 
 

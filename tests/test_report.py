@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import sparsejax
@@ -91,3 +92,22 @@ def test_a_layer_without_any_weight_at_all_is_not_said_to_be_emptied():
   params = {"nothing": jnp.zeros((0, 4)), "dense": jnp.ones((2, 2))}
   masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
   assert sparsejax.summary(params, masks).empty == ()
+
+
+def test_the_memory_of_masks_is_that_of_all_in_the_state(params):
+  def mask_bytes(**options):
+    tx = optax.chain(optax.sgd(0.1), sparsejax.one_shot_pruning(0.5, at=0, **options))
+    state = optax.chain(tx, tx).init(params)
+    masks = sparsejax.get_masks(state, params)
+    summary = sparsejax.summary(params, masks, opt_state=state)
+    assert str(summary).endswith(f"\nmasks in the optimizer state: {summary.mask_bytes} bytes")
+    return summary.mask_bytes
+
+  assert mask_bytes() == 2 * (3 * 3 * 2 * 4 + 8 * 5)
+  # A row of 4 or 5 weights takes a byte.
+  assert mask_bytes(pack=True) == 2 * (3 * 3 * 2 + 8)
+
+
+def test_without_a_state_nothing_is_said_of_its_memory(params):
+  masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
+  assert "bytes" not in str(sparsejax.summary(params, masks))
