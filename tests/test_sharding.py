@@ -117,6 +117,35 @@ def test_a_mask_update_on_eight_devices_gives_the_masks_of_one_and_sends_counts_
 
 
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_a_mask_update_of_a_billion_weights_needs_next_to_no_memory_besides_them(mode):
+  mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(mode,) * 2)
+  size = 4096
+  shapes = {"attention": (size, 4 * size), "in": (size, 4 * size), "out": (4 * size, size)}
+  spec = NamedSharding(mesh, P("data", "model"))
+  params = {
+    f"block {i}": {
+      name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=spec)
+      for name, shape in shapes.items()
+    }
+    for i in range(5)
+  }
+  weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+  assert weights > 1e9
+  tx = sparsejax.progressive_pruning(0.9, steps=10, every=1)
+  with jax.set_mesh(mesh):
+    state = jax.eval_shape(tx.init, params)
+    masks = jax.tree.map(
+      lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=spec), state.masks
+    )
+    update = jax.jit(tx.update).lower(params, state._replace(masks=masks), params).compile()
+  sent = hlo.bytes_between_devices(update)
+  assert sent and max(size for _, size in sent) <= 1024, sent
+  memory = update.memory_analysis()
+  assert memory.argument_size_in_bytes > (4 + 4 + 1) * weights // 8
+  assert memory.temp_size_in_bytes <= 0.01 * weights // 8
+
+
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_the_reader_of_programs_finds_what_is_sent(mode):
   mesh = jax.make_mesh((8,), ("data",), axis_types=(mode,))
   leaf = jax.device_put(jnp.ones((1024, 8)), NamedSharding(mesh, P("data")))
