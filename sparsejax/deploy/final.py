@@ -1,0 +1,54 @@
+"""From a training to the weights that it was for."""
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax import masks as masks_lib
+from sparsejax import state
+from sparsejax.masks import PyTree
+
+
+def finalize(params: PyTree, opt_state: PyTree) -> PyTree:
+  """Checks that weights are as sparse as the masks say, and leaves the optimizer behind.
+
+  Args:
+    params: the trained parameters.
+    opt_state: the optimizer state that holds the masks.
+
+  Returns:
+    The parameters as plain arrays, in their structure.
+
+  Raises:
+    ValueError: if a weight is not zero where its mask prunes, or is NaN, or if masks and parameters
+      differ in structure. It names the leaf.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, sparsejax
+    >>> from sparsejax import deploy
+    >>> tx = optax.chain(optax.sgd(0.1), sparsejax.one_shot_pruning(0.5, at=0))
+    >>> params = {"kernel": jnp.array([[3.0, 1.0], [2.0, 4.0]])}
+    >>> updates, state = tx.update({"kernel": jnp.zeros((2, 2))}, tx.init(params), params)
+    >>> deploy.finalize(params, state)
+    Traceback (most recent call last):
+    ...
+    ValueError: 2 of 4 weights of 'kernel' should be pruned, but 2 of those are not zero: ...
+  """
+  masks = masks_lib.leaves_by_name(state.get_masks(opt_state, params))
+  for name, leaf in masks_lib.leaves_by_name(params).items():
+    mask = masks[name]
+    pruned, left, nan = jax.device_get(
+      (
+        mask.size - masks_lib.count_kept(mask),
+        jnp.sum(~mask & (jnp.asarray(leaf) != 0)),
+        jnp.any(jnp.isnan(leaf)),
+      )
+    )
+    if nan:
+      raise ValueError(f"{name!r} holds NaN.")
+    if left:
+      raise ValueError(
+        f"{pruned} of {mask.size} weights of {name!r} should be pruned, but {left} of those are not"
+        " zero: these are not the parameters after the last update of this state, or something"
+        " after the pruning has changed them. sparsejax.apply_masks prunes them."
+      )
+  return jax.tree.map(jnp.asarray, params)
