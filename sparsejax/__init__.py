@@ -9,6 +9,7 @@ from sparsejax.alias import (
   static_sparse_training,
 )
 from sparsejax.allocation import masks_from_scores
+from sparsejax.arguments import OneOf
 from sparsejax.dynamic import dynamic_sparse_training
 from sparsejax.gradual import (
   fixed_masks,
@@ -25,6 +26,7 @@ from sparsejax.transform import Call, Rule, masked_updates, static_args
 __all__ = (
   "Call",
   "MaskedUpdatesState",
+  "OneOf",
   "Overlap",
   "Rule",
   "Summary",

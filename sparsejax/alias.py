@@ -5,6 +5,7 @@ import optax
 
 from sparsejax import arguments, criteria, start, transform
 from sparsejax.allocation import Allocation
+from sparsejax.arguments import OneOf
 from sparsejax.dynamic import dynamic_sparse_training
 from sparsejax.masks import Prunable, PyTree, is_kernel
 from sparsejax.transform import Moments
@@ -13,7 +14,7 @@ from sparsejax.transform import Moments
 def granet(
   inner: optax.GradientTransformation,
   *,
-  sparsity: float | jax.Array | PyTree,
+  sparsity: float | jax.Array | OneOf | PyTree,
   initial: float = 0.0,
   steps: int,
   every: int,
@@ -108,7 +109,7 @@ def granet(
 def rigl(
   inner: optax.GradientTransformation,
   *,
-  sparsity: float | jax.Array | PyTree | None = None,
+  sparsity: float | jax.Array | OneOf | PyTree | None = None,
   end: int,
   every: int = 100,
   fraction: float | optax.Schedule | None = None,
@@ -167,7 +168,7 @@ def rigl(
 def sparse_evolutionary_training(
   inner: optax.GradientTransformation,
   *,
-  sparsity: float | jax.Array | PyTree | None = None,
+  sparsity: float | jax.Array | OneOf | PyTree | None = None,
   every: int,
   end: int | None = None,
   fraction: float | optax.Schedule = 0.3,
@@ -225,7 +226,7 @@ def sparse_evolutionary_training(
 def snfs(
   inner: optax.GradientTransformation,
   *,
-  sparsity: float | jax.Array | PyTree | None = None,
+  sparsity: float | jax.Array | OneOf | PyTree | None = None,
   every: int,
   fraction: float | optax.Schedule,
   redistribute: bool = True,
@@ -289,7 +290,7 @@ def snfs(
 def static_sparse_training(
   inner: optax.GradientTransformation,
   *,
-  sparsity: float | jax.Array | PyTree | None = None,
+  sparsity: float | jax.Array | OneOf | PyTree | None = None,
   allocation: Allocation = "erk",
   masks: PyTree | None = None,
   pack: bool = False,

@@ -33,12 +33,13 @@ import numpy as np
 
 from sparsejax import arguments, counts, selection
 from sparsejax import masks as masks_lib
+from sparsejax.arguments import OneOf
 from sparsejax.counts import Count
 from sparsejax.masks import Prunable, PyTree, is_kernel
 
 Shapes = Sequence[tuple[int, ...]]
 Density = float | jax.Array
-Sparsity = Density | PyTree
+Sparsity = Density | OneOf | PyTree
 Allocation = str | Callable[[Shapes, Density], Any]
 
 
@@ -126,8 +127,8 @@ def masks_from_scores(
 
   Args:
     scores: a pytree of floating-point arrays in the shapes of the weights, in which NaN is kept.
-    sparsity: the fraction to prune, in [0, 1): a float, a traced scalar, or a tree like `scores` of
-      such numbers, one for each prunable leaf, that replace the allocation.
+    sparsity: the fraction to prune, in [0, 1): a float, a traced scalar, a `sparsejax.OneOf`, or a
+      tree like `scores` of these, one for each prunable leaf, that replace the allocation.
     allocation: how the sparsity is shared out among the leaves; see `sparsejax.allocation`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are pruned.
 
@@ -153,7 +154,7 @@ def masks_from_scores(
   leaves, treedef = jax.tree.flatten(pool)
   if not leaves:
     return masks_lib.all_true(scores)
-  sparsity = arguments.check_sparsity("sparsity", sparsity)
+  sparsity = arguments.check_sparsity("sparsity", sparsity, may_be_chosen=True)
   check_leaves(sparsity, scores, pool)
   sparsity = for_leaves(sparsity, pool)
   k = count_pruned([s.shape for s in leaves], sparsity, allocation)
@@ -194,7 +195,7 @@ def check_leaves(sparsity: Sparsity, tree: PyTree, pool: PyTree) -> None:
       )
 
 
-def for_leaves(sparsity: Sparsity, pool: PyTree) -> Density | list[Density]:
+def for_leaves(sparsity: Sparsity, pool: PyTree) -> Density | OneOf | list[Density | OneOf]:
   """A sparsity as a scalar, or as a list with one for each leaf of the pool."""
   if is_scalar(sparsity):
     return sparsity
@@ -209,20 +210,27 @@ def is_scalar(sparsity: Sparsity) -> bool:
 
 
 def count_pruned(
-  shapes: Shapes, sparsity: Density | list[Density], allocation: Allocation
+  shapes: Shapes, sparsity: Density | OneOf | list[Density | OneOf], allocation: Allocation
 ) -> np.ndarray | Count:
   r"""How many weights are pruned, :math:`n - \mathrm{round}((1 - s) n)`.
 
   Args:
     shapes: of the layers' kernels.
-    sparsity: the overall sparsity s, or a list of one for each layer. Floats are computed with in
-      float64; for traced values the count is exact for the float32 value.
+    sparsity: the overall sparsity s, or a list of one for each layer. Floats, and those of which
+      one is chosen, are computed with in float64; for traced values the count is exact for the
+      float32 value.
     allocation: how an overall sparsity is shared out.
 
   Returns:
     A vector with one count for the whole pool if the allocation is global, and one for each layer
     otherwise: NumPy integers from floats, or else a traced `Count`.
   """
+  if isinstance(sparsity, OneOf):
+    table = [count_pruned(shapes, value, allocation) for value in sparsity.values]
+    return counts.from_ints(table)[sparsity.index]
+  if isinstance(sparsity, list) and any(isinstance(s, OneOf) for s in sparsity):
+    parts = [count_pruned([shape], s, "global") for shape, s in zip(shapes, sparsity)]
+    return jax.tree.map(lambda *words: jnp.concatenate(words), *map(counts.from_ints, parts))
   sizes = [math.prod(shape) for shape in shapes]
   if not isinstance(sparsity, list):
     if resolve(allocation) is not None:

@@ -1,12 +1,77 @@
 """Arguments of the public functions, checked before anything is traced; errors show them."""
 
+import dataclasses
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sparsejax.masks import PyTree
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OneOf:
+  """A sparsity that is one of several numbers, chosen by an index that may be traced.
+
+  It stands wherever a sparsity does, and is for runs side by side under `jax.vmap`. Numbers of
+  pruned weights are computed for each value in float64, as from a Python float, so that each lane
+  has exactly those of a run of its own. (From a traced sparsity they are exact for its float32
+  value, which is another number.)
+
+  Attributes:
+    values: the sparsities, Python or NumPy numbers in [0, 1).
+    index: which of them, an integer in [0, len(values)).  # shape=()
+
+  Raises:
+    ValueError: if a value is not a number in [0, 1), or the index not one integer in its range, as
+      far as it is known.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, sparsejax
+    >>> params = {"kernel": jnp.arange(1., 11.).reshape(2, 5)}
+    >>> def pruned(index):
+    ...   tx = sparsejax.one_shot_pruning(sparsejax.OneOf((0.2, 0.5, 0.9), index), at=0)
+    ...   _, state = tx.update(params, tx.init(params), params)
+    ...   return jnp.sum(~sparsejax.get_masks(state, params)["kernel"])
+    >>> jax.vmap(pruned)(jnp.arange(3)).tolist()
+    [2, 5, 9]
+  """
+
+  values: tuple[float, ...]
+  index: int | jax.Array
+
+  def __post_init__(self):
+    values = tuple(
+      check_sparsity(f"values[{i}] of OneOf", value) for i, value in enumerate(self.values)
+    )
+    if not all(isinstance(value, float) for value in values):
+      raise ValueError(f"values of OneOf must be Python or NumPy numbers, got {self.values!r}.")
+    if not values:
+      raise ValueError("OneOf needs at least one value to choose.")
+    object.__setattr__(self, "values", values)
+    is_array = isinstance(self.index, (jax.Array, np.ndarray))
+    if np.shape(self.index) or not (
+      jnp.issubdtype(self.index.dtype, jnp.integer)
+      if is_array
+      else isinstance(self.index, numbers.Integral) and not isinstance(self.index, bool)
+    ):
+      raise ValueError(f"the index of OneOf must be one integer, got {self.index!r}.")
+    if not isinstance(self.index, jax.core.Tracer) and not 0 <= self.index < len(values):
+      raise ValueError(f"the index of OneOf must be in [0, {len(values)}), got {self.index!r}.")
+
+  def pick(self, function: Callable[[float], float | jax.Array]) -> jax.Array:
+    """What a function makes of the value that is chosen.
+
+    Args:
+      function: from a value, as a Python float, to a number.
+
+    Returns:
+      A scalar.  # dtype=float32
+    """
+    return jnp.asarray([function(value) for value in self.values], jnp.float32)[self.index]
 
 
 def check_integer(name: str, value: Any, at_least: int) -> int:
@@ -25,12 +90,13 @@ def check_key(key: Any) -> None:
     raise ValueError(f"key must be a random key, got {key!r}: pass jax.random.key(seed).")
 
 
-def check_sparsity(name: str, sparsity: PyTree) -> PyTree:
+def check_sparsity(name: str, sparsity: PyTree, *, may_be_chosen: bool = False) -> PyTree:
   """Checks a sparsity as far as it is known; makes floats of Python and NumPy numbers.
 
   Args:
     name: what to call it in an error.
     sparsity: a scalar, or a tree of scalars.
+    may_be_chosen: whether `OneOf` may stand for a scalar.
 
   Returns:
     It, with floats for Python and NumPy numbers: they are computed with in float64.
@@ -43,6 +109,8 @@ def check_sparsity(name: str, sparsity: PyTree) -> PyTree:
     label = name + jax.tree_util.keystr(path)
     if isinstance(value, jax.core.Tracer) and value.ndim == 0:
       return value
+    if isinstance(value, OneOf) and may_be_chosen:
+      return value
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, jax.Array, np.ndarray)):
       raise ValueError(f"{label} must be a number in [0, 1), got {value!r}.")
     if np.ndim(value) != 0:
@@ -54,3 +122,11 @@ def check_sparsity(name: str, sparsity: PyTree) -> PyTree:
     return value if isinstance(value, jax.Array) else float(value)
 
   return jax.tree_util.tree_map_with_path(check_scalar, sparsity)
+
+
+def check_rise(initial: float, sparsity: PyTree) -> None:
+  """Raises a ValueError if a ramp is known to fall, from one sparsity for all leaves to another."""
+  known = sparsity.values if isinstance(sparsity, OneOf) else [sparsity]
+  for value in known:
+    if isinstance(value, float) and initial > value:
+      raise ValueError(f"initial must not exceed the sparsity, got {initial} and {value}.")

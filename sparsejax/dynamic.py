@@ -18,6 +18,7 @@ import optax
 from sparsejax import allocation as allocation_lib
 from sparsejax import arguments, counts, criteria, rules, start, transform
 from sparsejax.allocation import Allocation
+from sparsejax.arguments import OneOf
 from sparsejax.criteria import Criterion, Score
 from sparsejax.masks import Prunable, PyTree, is_kernel
 from sparsejax.rules import Rounding
@@ -27,7 +28,7 @@ from sparsejax.transform import Moments
 def dynamic_sparse_training(
   inner: optax.GradientTransformation,
   *,
-  sparsity: float | jax.Array | PyTree | None = None,
+  sparsity: float | jax.Array | OneOf | PyTree | None = None,
   drop: str | Score | Criterion = criteria.magnitude,
   grow: str | Score | Criterion = criteria.gradient,
   fraction: float | optax.Schedule,
@@ -69,8 +70,9 @@ def dynamic_sparse_training(
 
   Args:
     inner: the whole optimizer, with learning rate and weight decay; nothing may follow the wrapper.
-    sparsity: the sparsity in [0, 1): a float, a traced scalar, or a tree like the parameters, one
-      for each prunable leaf, which replaces the allocation. None to take that of the `masks`.
+    sparsity: the sparsity in [0, 1): a float, a traced scalar, a `sparsejax.OneOf`, or a tree like
+      the parameters, one for each prunable leaf, which replaces the allocation. None to take that
+      of the `masks`.
     drop: the score of active weights, lowest dropped: a name, a function of a
       `sparsejax.criteria.Leaf`, or a `sparsejax.criteria.Criterion`.
     grow: the score of inactive weights, highest grown; likewise.
@@ -190,7 +192,12 @@ def _ramped(sparsity: PyTree, initial: float, ramp: optax.Schedule) -> rules.Goa
 
   def goal(count, pool, count_pruned):
     final, way = allocation_lib.for_leaves(sparsity, pool), jnp.float32(ramp(count))
-    on_the_way = jax.tree.map(lambda s: initial + (s - initial) * way, final)
+
+    def at(s):
+      rise = s.pick(lambda s: s - initial) if isinstance(s, OneOf) else s - initial
+      return initial + rise * way
+
+    on_the_way = jax.tree.map(at, final)
     return counts.where(
       way >= 1, counts.from_ints(count_pruned(final)), counts.from_ints(count_pruned(on_the_way))
     )

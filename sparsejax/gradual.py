@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import arguments, counts, criteria, rules, transform
+from sparsejax import arguments, criteria, rules, transform
 from sparsejax import masks as masks_lib
 from sparsejax.allocation import Allocation
+from sparsejax.arguments import OneOf
 from sparsejax.criteria import Criterion, Score
 from sparsejax.masks import Prunable, PyTree, is_kernel
 
 
 def progressive_pruning(
-  sparsity: float | jax.Array | PyTree,
+  sparsity: float | jax.Array | OneOf | PyTree,
   *,
   steps: int,
   every: int,
@@ -45,9 +46,10 @@ def progressive_pruning(
   in float64 from Python floats, or exactly for the float32 value of a traced sparsity.
 
   Args:
-    sparsity: the final sparsity, in [0, 1): a float, a traced scalar, or a tree like the parameters
-      of final sparsities, one for each prunable leaf, that replace the allocation; each ramps from
-      `initial` to its own. The other leaves of that tree may be None, 0, or left out.
+    sparsity: the final sparsity, in [0, 1): a float, a traced scalar, a `sparsejax.OneOf`, or a
+      tree like the parameters of final sparsities, one for each prunable leaf, that replace the
+      allocation; each ramps from `initial` to its own. The other leaves of that tree may be None,
+      0, or left out.
     steps: length of the ramp, in calls of `update`.
     every: calls from one change of the masks to the next.
     begin: the call at which the masks change first.
@@ -91,28 +93,31 @@ def progressive_pruning(
   initial = arguments.check_sparsity("initial", initial)
   if not isinstance(initial, float):
     raise ValueError(f"initial must be a Python number, got {initial!r}.")
-  sparsity = arguments.check_sparsity("sparsity", sparsity)
-  if isinstance(sparsity, float) and initial > sparsity:
-    raise ValueError(f"initial must not exceed the sparsity, got {initial} and {sparsity}.")
+  sparsity = arguments.check_sparsity("sparsity", sparsity, may_be_chosen=True)
+  arguments.check_rise(initial, sparsity)
   ramped = [min(c + every, steps) for c in range(0, steps, every)]
 
   def due(count):
     return (count >= begin) & (count < begin + steps) & ((count - begin) % every == 0)
 
   def goal(count, pool, count_pruned):
-    final = allocation_lib.for_leaves(sparsity, pool)
     update = (count - begin) // every
 
-    def at(done):
+    def at(final, done):
       # What lands on the final sparsity is that number itself, not a rounding error beside it.
       where = jnp.where if isinstance(done, jax.Array) else lambda c, x, y: x if c else y
-      return jax.tree.map(
-        lambda s: where(done == steps, s, initial + (s - initial) * done / steps), final
-      )
+      return where(done == steps, final, initial + (final - initial) * done / steps)
 
-    if all(isinstance(s, float) for s in jax.tree.leaves(final)):
-      return counts.from_ints([count_pruned(at(done)) for done in ramped])[update]
-    return count_pruned(at(jnp.asarray(ramped, jnp.int32)[update]))
+    def now(final):
+      if isinstance(final, float):
+        final = OneOf((final,), 0)
+      if isinstance(final, OneOf):
+        # One of all sparsities along all ramps.
+        values = tuple(at(value, done) for value in final.values for done in ramped)
+        return OneOf(values, jnp.int32(final.index) * len(ramped) + update)
+      return at(final, jnp.asarray(ramped, jnp.int32)[update])
+
+    return count_pruned(jax.tree.map(now, allocation_lib.for_leaves(sparsity, pool)))
 
   return _prune_lowest(
     goal,
@@ -236,7 +241,7 @@ def gradual_pruning(
 
 
 def one_shot_pruning(
-  sparsity: float | jax.Array | PyTree,
+  sparsity: float | jax.Array | OneOf | PyTree,
   *,
   at: int,
   allocation: Allocation = "global",

@@ -24,15 +24,14 @@ def check_start(
   if sparsity is None and (masks is None or ramp is not None):
     raise ValueError("sparsity=None is that of the masks: pass `masks`, and no ramp.")
   if sparsity is not None:
-    sparsity = arguments.check_sparsity("sparsity", sparsity)
+    sparsity = arguments.check_sparsity("sparsity", sparsity, may_be_chosen=True)
   if ramp is None:
     if initial:
       raise ValueError(f"initial={initial} is the start of a ramp, but there is none.")
     if masks is not None and sparsity is not None:
       raise ValueError("masks have a sparsity of their own: pass sparsity=None with them.")
     return sparsity, sparsity
-  if isinstance(sparsity, float) and initial > sparsity:
-    raise ValueError(f"initial must not exceed the sparsity, got {initial} and {sparsity}.")
+  arguments.check_rise(initial, sparsity)
   return initial, sparsity
 
 

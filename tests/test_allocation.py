@@ -217,6 +217,87 @@ def test_traced_counts_do_not_depend_on_how_they_are_compiled(name):
       np.testing.assert_array_equal(count(sparsity), batched[i])
 
 
+# Shares of 1,000 weights that are half a weight: single precision sees other numbers than double.
+CHOICES = (0.9805, 0.7005, 0.0, 0.1, 0.5, 1 - 1e-9, 0.0245)
+
+
+def to_ints(count):
+  return np.asarray(count.high, np.uint64) * 2**32 + np.asarray(count.low, np.uint64)
+
+
+@pytest.mark.parametrize("kind", ["global", *KINDS])
+@pytest.mark.parametrize(
+  "shapes",
+  [[(25, 40)], [(7, 19), (3, 5)], [(2**20, 2**13), (1001, 999)], [(3, 3, 64, 128), (9, 5)]],
+)
+def test_one_of_several_sparsities_has_the_counts_of_the_float_that_it_is(kind, shapes):
+  def count(index):
+    return allocation.count_pruned(shapes, sparsejax.OneOf(CHOICES, index), kind)
+
+  lanes = to_ints(jax.jit(jax.vmap(count))(jnp.arange(len(CHOICES))))
+  expected = [allocation.count_pruned(shapes, sparsity, kind) for sparsity in CHOICES]
+  np.testing.assert_array_equal(lanes, expected)
+
+
+def test_a_traced_sparsity_is_another_number_than_the_float():
+  # Or else the test above could not tell the two apart.
+  traced = to_ints(allocation.count_pruned([(25, 40)], jnp.float32(CHOICES[0]), "global"))
+  assert traced != allocation.count_pruned([(25, 40)], CHOICES[0], "global")
+
+
+def test_each_leaf_may_have_one_of_several_sparsities_of_its_own():
+  sizes = {"a": (3, 4), "b": (25, 40), "c": (5, 6), "d": (1, 7)}
+  scores = {name: jnp.arange(1.0, np.prod(s) + 1).reshape(s) for name, s in sizes.items()}
+
+  @jax.jit
+  def pruned(i, j, sparsity):
+    tree = {
+      "a": sparsejax.OneOf((0.25, 0.75), i),
+      "b": sparsejax.OneOf(CHOICES, j),
+      "c": 0.1,
+      "d": sparsity,
+    }
+    masks = sparsejax.masks_from_scores(scores, tree)
+    return jax.tree.map(lambda mask: jnp.sum(~mask), masks)
+
+  assert pruned(1, 0, 0.5) == {"a": 9, "b": 1000 - round((1 - 0.9805) * 1000), "c": 3, "d": 3}
+  assert pruned(0, 4, 0.0) == {"a": 3, "b": 500, "c": 3, "d": 0}
+
+
+@pytest.mark.parametrize(
+  ("values", "index", "said"),
+  [
+    ((0.5, 1.0), 0, r"values\[1\] of OneOf .* must be in \[0, 1\), got 1.0"),
+    ((0.5, "0.9"), 0, r"values\[1\] of OneOf must be a number in \[0, 1\), got '0.9'"),
+    ((jnp.float32(0.5),), 0, "values of OneOf must be Python or NumPy numbers"),
+    ((), 0, "at least one value"),
+    ((0.5, 0.9), 2, r"the index of OneOf must be in \[0, 2\), got 2"),
+    ((0.5, 0.9), -1, r"the index of OneOf must be in \[0, 2\), got -1"),
+    ((0.5, 0.9), 0.0, "the index of OneOf must be one integer, got 0.0"),
+    ((0.5, 0.9), jnp.arange(2), "the index of OneOf must be one integer"),
+    ((0.5, 0.9), True, "the index of OneOf must be one integer, got True"),
+  ],
+)
+def test_one_of_several_sparsities_is_checked(values, index, said):
+  with pytest.raises(ValueError, match=said):
+    sparsejax.OneOf(values, index)
+
+
+def test_one_of_several_sparsities_is_an_error_where_there_can_be_but_one():
+  one_of = sparsejax.OneOf((0.5, 0.9), 0)
+  for prune in (
+    lambda: sparsejax.progressive_pruning(0.95, initial=one_of, steps=2, every=1),
+    lambda: sparsejax.lottery.prune(layers(), layers(), one_of),
+    lambda: sparsejax.foresight.synflow(
+      lambda p, x: x @ p["a"], layers(), jnp.ones((1, 3)), one_of
+    ),
+  ):
+    with pytest.raises(ValueError, match=r"must be a number in \[0, 1\), got OneOf"):
+      prune()
+  with pytest.raises(ValueError, match=r"must not exceed the sparsity, got 0\.6 and 0\.5"):
+    sparsejax.progressive_pruning(one_of, initial=0.6, steps=2, every=1)
+
+
 def test_a_mapping_is_no_allocation():
   with pytest.raises(ValueError, match="a tree of sparsities instead of one sparsity"):
     sparsejax.progressive_pruning(0.5, steps=4, every=2, allocation={"a": 0.5})

@@ -1,6 +1,7 @@
 """What every transformation has to go through: the cases are those of tests/cases.py."""
 
 import functools
+import re
 
 import cases
 import hypothesis
@@ -803,6 +804,87 @@ def test_lanes_at_different_calls_change_their_masks_each_in_its_own_time(case):
     assert_trees_equal(got[1].masks, after.masks)
     assert int(got[1].count) == int(after.count) == lane + 1
   assert 0 < sum(changed) < len(changed)
+
+
+# Lanes of several sparsities, each of which is to be as if it were alone
+
+
+CHOICES = (0.37, 0.9)
+
+
+def _progressive(sparsity):
+  return sparsejax.progressive_pruning(sparsity, steps=5, every=2, begin=1)
+
+
+def _gradual(sparsity):
+  def ramp(count, final):
+    return optax.polynomial_schedule(0.0, final, 3, transition_steps=5)(count)
+
+  def schedule(count):
+    if isinstance(sparsity, float):
+      return ramp(count, sparsity)
+    return sparsity.pick(functools.partial(ramp, count))
+
+  return sparsejax.gradual_pruning(schedule, every=2, begin=1, end=6)
+
+
+def _granet(sparsity):
+  return sparsejax.granet(optax.identity(), sparsity=sparsity, steps=5, every=2, fraction=0.4)
+
+
+@pytest.mark.parametrize("make", [_progressive, _gradual, _granet])
+def test_a_lane_of_several_sparsities_has_the_masks_of_the_same_updates_alone(make):
+  calls, seeds = 7, 2
+  generator = np.random.default_rng(0)
+  weights = jnp.asarray(generator.normal(size=(calls, seeds, 25, 40)), jnp.float32)
+  alone = [jax.jit(make(sparsity).update) for sparsity in CHOICES]
+  start = make(0.5).init(weights[0, 0])
+  expected = {(i, seed): start for i in range(len(CHOICES)) for seed in range(seeds)}
+
+  def update(index, state, params):
+    return make(sparsejax.OneOf(CHOICES, index)).update(params, state, params)[1]
+
+  by_sparsity = jax.vmap(update, (0, 0, None))
+  nested = jax.vmap(jax.vmap(update, (None, 0, 0)), (0, 0, None))
+  index = jnp.arange(len(CHOICES))
+  single = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), start)
+  lanes = jax.tree.map(lambda leaf: jnp.stack([leaf] * seeds, axis=1), single)
+  compiled = jax.jit(nested).lower(index, lanes, weights[0]).compile()
+  _assert_selects_in_a_conditional(compiled)
+  by_sparsity, changes = jax.jit(by_sparsity), 0
+  for params in weights:
+    lanes = compiled(index, lanes, params)
+    single = by_sparsity(index, single, params[0])
+    for (i, seed), state in expected.items():
+      _, expected[i, seed] = alone[i](params[seed], state, params[seed])
+      masks = np.asarray(expected[i, seed].masks)
+      changes += np.any(masks != np.asarray(state.masks))
+      np.testing.assert_array_equal(lanes.masks[i, seed], masks)
+      if seed == 0:
+        np.testing.assert_array_equal(single.masks[i], masks)
+  assert changes == 3 * len(expected)
+
+
+def _assert_selects_in_a_conditional(compiled):
+  """Asserts that a compiled program has loops, and runs none of them but in one conditional."""
+  computations, is_open = {}, []
+  for line in compiled.as_text().splitlines():
+    if head := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
+      computations[head[2]] = body = []
+      is_open += [head[2]] * bool(head[1])
+    elif computations:
+      body.append(line)
+  reached, conditionals = [], 0
+  while is_open:
+    for line in computations[is_open.pop()]:
+      if " conditional(" in line:
+        conditionals += 1
+        continue
+      reached.append(line)
+      is_open += [name for name in re.findall(r"%([\w.-]+)", line) if name in computations]
+  assert conditionals == 1
+  assert any(" while(" in line for body in computations.values() for line in body)
+  assert not any(" while(" in line for line in reached)
 
 
 # Packed masks
