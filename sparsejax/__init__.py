@@ -1,6 +1,6 @@
 """The sparsity library for JAX: pruning and sparse training as optax gradient transformations."""
 
-from sparsejax import allocation, criteria, foresight, lottery
+from sparsejax import allocation, criteria, foresight, lottery, patterns
 from sparsejax.alias import (
   granet,
   rigl,
@@ -45,6 +45,7 @@ __all__ = (
   "masks_from_scores",
   "one_shot_pruning",
   "overlap",
+  "patterns",
   "progressive_pruning",
   "rigl",
   "select_smallest",

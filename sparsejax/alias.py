@@ -8,6 +8,7 @@ from sparsejax.allocation import Allocation
 from sparsejax.arguments import OneOf
 from sparsejax.dynamic import dynamic_sparse_training
 from sparsejax.masks import Prunable, PyTree, is_kernel
+from sparsejax.patterns import SINGLE, Pattern
 from sparsejax.transform import Moments
 
 
@@ -25,6 +26,7 @@ def granet(
   ramp_allocation: Allocation = "global",
   masks: PyTree | None = None,
   moments: Moments = "masked",
+  pattern: Pattern = SINGLE,
   pack: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
@@ -50,6 +52,7 @@ def granet(
     ramp_allocation: how that of the ramp is.
     masks: the masks to start with instead.
     moments: as in `sparsejax.dynamic_sparse_training`.
+    pattern: what is pruned together, and what has to stay; see `sparsejax.patterns`.
     pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
     key: a random key, if the start is sparse.
@@ -100,6 +103,7 @@ def granet(
     after_step=True,
     moments=moments,
     rounding="up",
+    pattern=pattern,
     pack=pack,
     prunable=prunable,
     key=key,
@@ -116,6 +120,7 @@ def rigl(
   allocation: Allocation = "erk",
   masks: PyTree | None = None,
   moments: Moments = "reset",
+  pattern: Pattern = SINGLE,
   pack: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
@@ -132,6 +137,7 @@ def rigl(
     allocation: how the sparsity is shared out among layers.
     masks: the masks to start with instead.
     moments: as in `sparsejax.dynamic_sparse_training`.
+    pattern: what is pruned together, and what has to stay; see `sparsejax.patterns`.
     pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
     key: a random key, for the masks to start with.
@@ -159,6 +165,7 @@ def rigl(
     skip_step=True,
     moments=moments,
     rounding="down",
+    pattern=pattern,
     pack=pack,
     prunable=prunable,
     key=key,
@@ -175,6 +182,7 @@ def sparse_evolutionary_training(
   allocation: Allocation = "er",
   masks: PyTree | None = None,
   moments: Moments = "masked",
+  pattern: Pattern = SINGLE,
   pack: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
@@ -190,6 +198,7 @@ def sparse_evolutionary_training(
     allocation: how the sparsity is shared out among layers.
     masks: the masks to start with instead.
     moments: as in `sparsejax.dynamic_sparse_training`.
+    pattern: what is pruned together, and what has to stay; see `sparsejax.patterns`.
     pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
     key: a random key.
@@ -217,6 +226,7 @@ def sparse_evolutionary_training(
     masks=masks,
     after_step=True,
     moments=moments,
+    pattern=pattern,
     pack=pack,
     prunable=prunable,
     key=key,
@@ -233,6 +243,7 @@ def snfs(
   end: int | None = None,
   allocation: Allocation = "uniform",
   masks: PyTree | None = None,
+  pattern: Pattern = SINGLE,
   pack: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
@@ -253,6 +264,7 @@ def snfs(
     end: the call at which masks change last. Without it they go on changing.
     allocation: how the sparsity is shared out among layers at the start.
     masks: the masks to start with instead.
+    pattern: what is pruned together, and what has to stay; see `sparsejax.patterns`.
     pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
     key: a random key, for the masks to start with.
@@ -281,6 +293,7 @@ def snfs(
     moments="kept",
     redistribute=criteria.mean_momentum if redistribute else None,
     rounding="up",
+    pattern=pattern,
     pack=pack,
     prunable=prunable,
     key=key,
@@ -293,6 +306,7 @@ def static_sparse_training(
   sparsity: float | jax.Array | OneOf | PyTree | None = None,
   allocation: Allocation = "erk",
   masks: PyTree | None = None,
+  pattern: Pattern = SINGLE,
   pack: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
@@ -304,6 +318,7 @@ def static_sparse_training(
     sparsity: as in `sparsejax.dynamic_sparse_training`.
     allocation: how the sparsity is shared out among layers.
     masks: the masks instead of those drawn; as a link after an optimizer, `sparsejax.fixed_masks`.
+    pattern: what is pruned together, and what has to stay; see `sparsejax.patterns`.
     pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
     key: a random key, for the masks.
@@ -320,7 +335,9 @@ def static_sparse_training(
     lambda call: call.masks,
     due=lambda count: False,
     inner=inner,
-    initial_masks=start.initial_masks(sparsity, masks, allocation, key, final=sparsity),
+    initial_masks=start.initial_masks(
+      sparsity, masks, allocation, key, pattern=pattern, final=sparsity
+    ),
     pack=pack,
     prunable=prunable,
     key=key,

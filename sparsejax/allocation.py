@@ -31,11 +31,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import arguments, counts, selection
+from sparsejax import arguments, counts, patterns, selection
 from sparsejax import masks as masks_lib
 from sparsejax.arguments import OneOf
 from sparsejax.counts import Count
 from sparsejax.masks import Prunable, PyTree, is_kernel
+from sparsejax.patterns import SINGLE, Pattern
 
 Shapes = Sequence[tuple[int, ...]]
 Density = float | jax.Array
@@ -121,6 +122,7 @@ def masks_from_scores(
   sparsity: Sparsity,
   *,
   allocation: Allocation = "global",
+  pattern: Pattern = SINGLE,
   prunable: Prunable = is_kernel,
 ) -> PyTree:
   """Masks that prune the weights with the lowest scores.
@@ -130,6 +132,7 @@ def masks_from_scores(
     sparsity: the fraction to prune, in [0, 1): a float, a traced scalar, a `sparsejax.OneOf`, or a
       tree like `scores` of these, one for each prunable leaf, that replace the allocation.
     allocation: how the sparsity is shared out among the leaves; see `sparsejax.allocation`.
+    pattern: what is pruned together, and what has to stay; see `sparsejax.patterns`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are pruned.
 
   Returns:
@@ -157,10 +160,14 @@ def masks_from_scores(
   sparsity = arguments.check_sparsity("sparsity", sparsity, may_be_chosen=True)
   check_leaves(sparsity, scores, pool)
   sparsity = for_leaves(sparsity, pool)
-  k = count_pruned([s.shape for s in leaves], sparsity, allocation)
-  check_some_left([s.size for s in leaves], k)
-  pruned = selection.select([jnp.asarray(s) for s in leaves], counts.from_ints(k))
-  kept = jax.tree.unflatten(treedef, [~p for p in pruned])
+  patterns.check_fit(pool, pattern)
+  units = [pattern.units(s.shape) for s in leaves]
+  k = count_pruned(units, sparsity, allocation, pattern)
+  check_some_left([math.prod(shape) for shape in units], k)
+  ranked = [pattern.exempt(pattern.pool(jnp.asarray(s)), None) for s in leaves]
+  pruned = selection.select(ranked, counts.from_ints(k))
+  kept = [pattern.spread(~p, s.shape) for p, s in zip(pruned, leaves)]
+  kept = jax.tree.unflatten(treedef, kept)
   masks = masks_lib.full_masks(kept, scores)
   masks_lib.warn_of_emptied(masks, stacklevel=2)
   return masks
@@ -210,7 +217,10 @@ def is_scalar(sparsity: Sparsity) -> bool:
 
 
 def count_pruned(
-  shapes: Shapes, sparsity: Density | OneOf | list[Density | OneOf], allocation: Allocation
+  shapes: Shapes,
+  sparsity: Density | OneOf | list[Density | OneOf],
+  allocation: Allocation,
+  pattern: Pattern = SINGLE,
 ) -> np.ndarray | Count:
   r"""How many weights are pruned, :math:`n - \mathrm{round}((1 - s) n)`.
 
@@ -220,17 +230,25 @@ def count_pruned(
       one is chosen, are computed with in float64; for traced values the count is exact for the
       float32 value.
     allocation: how an overall sparsity is shared out.
+    pattern: what has to stay.
 
   Returns:
     A vector with one count for the whole pool if the allocation is global, and one for each layer
     otherwise: NumPy integers from floats, or else a traced `Count`.
   """
   if isinstance(sparsity, OneOf):
-    table = [count_pruned(shapes, value, allocation) for value in sparsity.values]
+    table = [count_pruned(shapes, value, allocation, pattern) for value in sparsity.values]
     return counts.from_ints(table)[sparsity.index]
   if isinstance(sparsity, list) and any(isinstance(s, OneOf) for s in sparsity):
-    parts = [count_pruned([shape], s, "global") for shape, s in zip(shapes, sparsity)]
+    parts = [count_pruned([shape], s, "global", pattern) for shape, s in zip(shapes, sparsity)]
     return jax.tree.map(lambda *words: jnp.concatenate(words), *map(counts.from_ints, parts))
+  return pattern.limit(_count_pruned(shapes, sparsity, allocation), shapes)
+
+
+def _count_pruned(
+  shapes: Shapes, sparsity: Density | list[Density], allocation: Allocation
+) -> np.ndarray | Count:
+  """The same without one to choose, and whatever has to stay."""
   sizes = [math.prod(shape) for shape in shapes]
   if not isinstance(sparsity, list):
     if resolve(allocation) is not None:

@@ -21,6 +21,7 @@ from sparsejax.allocation import Allocation
 from sparsejax.arguments import OneOf
 from sparsejax.criteria import Criterion, Score
 from sparsejax.masks import Prunable, PyTree, is_kernel
+from sparsejax.patterns import SINGLE, Pattern
 from sparsejax.rules import Rounding
 from sparsejax.transform import Moments
 
@@ -47,6 +48,7 @@ def dynamic_sparse_training(
   redistribute: Score | None = None,
   exact_growth: bool = True,
   rounding: Rounding = "nearest",
+  pattern: Pattern = SINGLE,
   pack: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
@@ -103,6 +105,7 @@ def dynamic_sparse_training(
     exact_growth: whether exactly k weights grow. If not, each candidate grows by itself, with the
       probability that gives k on average; only for random growth. The sparsity drifts then.
     rounding: of k: "nearest", "up" or "down".
+    pattern: what is pruned together, and what has to stay; see `sparsejax.patterns`.
     pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
     key: a random key, for masks drawn at random and for random criteria; it lives in the state.
@@ -156,6 +159,11 @@ def dynamic_sparse_training(
       "a ramp for each layer and `redistribute` would both decide how sparse a layer is: pass one"
       ' sparsity and ramp_allocation="global".'
     )
+  if pattern.regrows_in_groups and (redistribute is not None or not exact_growth):
+    raise ValueError(
+      f"with {pattern} what is dropped in a group grows there: pass neither `redistribute` nor"
+      " exact_growth=False."
+    )
   if rounding not in get_args(Rounding):
     raise ValueError(f"rounding must be one of {get_args(Rounding)}, got {rounding!r}.")
   stages = [
@@ -163,6 +171,7 @@ def dynamic_sparse_training(
       drop,
       grow,
       _schedule(fraction),
+      pattern=pattern,
       rounding=rounding,
       drop_globally=drop_globally,
       redistribute=redistribute,
@@ -172,7 +181,7 @@ def dynamic_sparse_training(
   ]
   if ramp is not None:
     goal = _ramped(sparsity, initial, ramp)
-    stages.insert(0, rules.prune_lowest(goal, ramp_allocation, drop))
+    stages.insert(0, rules.prune_lowest(goal, ramp_allocation, drop, pattern=pattern))
   return transform.masked_updates(
     rules.from_criteria(*stages, drop=drop, grow=grow),
     due=rules.on_grid(begin, every, end),
@@ -180,7 +189,9 @@ def dynamic_sparse_training(
     after_step=after_step,
     skip_step=skip_step,
     moments=moments,
-    initial_masks=start.initial_masks(first, masks, allocation, key, final=sparsity),
+    initial_masks=start.initial_masks(
+      first, masks, allocation, key, pattern=pattern, final=sparsity
+    ),
     pack=pack,
     prunable=prunable,
     key=key,

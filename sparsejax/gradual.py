@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import arguments, criteria, rules, transform
+from sparsejax import arguments, criteria, patterns, rules, transform
 from sparsejax import masks as masks_lib
 from sparsejax.allocation import Allocation
 from sparsejax.arguments import OneOf
 from sparsejax.criteria import Criterion, Score
 from sparsejax.masks import Prunable, PyTree, is_kernel
+from sparsejax.patterns import SINGLE, Pattern
 
 
 def progressive_pruning(
@@ -25,6 +26,7 @@ def progressive_pruning(
   initial: float = 0.0,
   allocation: Allocation = "global",
   criterion: str | Score | Criterion = criteria.magnitude,
+  pattern: Pattern = SINGLE,
   pack: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
@@ -58,6 +60,7 @@ def progressive_pruning(
       "erk", or a function; see `sparsejax.allocation`.
     criterion: the score of each weight, lowest pruned: a name, a function of a
       `sparsejax.criteria.Leaf`, or a `sparsejax.criteria.Criterion`.
+    pattern: what is pruned together, and what has to stay; see `sparsejax.patterns`.
     pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are pruned.
     key: a random key, for criteria that use one.
@@ -125,6 +128,7 @@ def progressive_pruning(
     sparsity=sparsity,
     allocation=allocation,
     criterion=criterion,
+    pattern=pattern,
     pack=pack,
     prunable=prunable,
     key=key,
@@ -140,6 +144,7 @@ def gradual_pruning(
   keep_weights: bool = False,
   allocation: Allocation = "global",
   criterion: str | Score | Criterion = criteria.magnitude,
+  pattern: Pattern = SINGLE,
   pack: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
@@ -179,6 +184,7 @@ def gradual_pruning(
       "erk", or a function; see `sparsejax.allocation`.
     criterion: the score of each weight, lowest pruned: a name, a function of a
       `sparsejax.criteria.Leaf`, or a `sparsejax.criteria.Criterion`.
+    pattern: what is pruned together, and what has to stay; see `sparsejax.patterns`.
     pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are pruned.
     key: a random key, for criteria that use one.
@@ -234,6 +240,7 @@ def gradual_pruning(
     keep_weights=keep_weights,
     allocation=allocation,
     criterion=criterion,
+    pattern=pattern,
     pack=pack,
     prunable=prunable,
     key=key,
@@ -246,6 +253,7 @@ def one_shot_pruning(
   at: int,
   allocation: Allocation = "global",
   criterion: str | Score | Criterion = criteria.magnitude,
+  pattern: Pattern = SINGLE,
   pack: bool = False,
   prunable: Prunable = is_kernel,
   key: jax.Array | None = None,
@@ -261,6 +269,7 @@ def one_shot_pruning(
       "erk", or a function; see `sparsejax.allocation`.
     criterion: the score of each weight, lowest pruned: a name, a function of a
       `sparsejax.criteria.Leaf`, or a `sparsejax.criteria.Criterion`.
+    pattern: what is pruned together, and what has to stay; see `sparsejax.patterns`.
     pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are pruned.
     key: a random key, for criteria that use one.
@@ -289,6 +298,7 @@ def one_shot_pruning(
     begin=at,
     allocation=allocation,
     criterion=criterion,
+    pattern=pattern,
     pack=pack,
     prunable=prunable,
     key=key,
@@ -345,6 +355,7 @@ def _prune_lowest(
   sparsity: PyTree,
   allocation: Allocation,
   criterion: str | Score | Criterion,
+  pattern: Pattern,
   pack: bool,
   prunable: Prunable,
   key: jax.Array | None,
@@ -355,7 +366,8 @@ def _prune_lowest(
   criterion = criteria.resolve(criterion)
   criteria.check_key(key, criterion)
   rule = rules.from_criteria(
-    rules.prune_lowest(goal, allocation, criterion, revive=keep_weights), drop=criterion
+    rules.prune_lowest(goal, allocation, criterion, pattern=pattern, revive=keep_weights),
+    drop=criterion,
   )
   pruning = transform.masked_updates(
     rule, due=due, keep_weights=keep_weights, pack=pack, prunable=prunable, key=key
@@ -365,6 +377,7 @@ def _prune_lowest(
     state = pruning.init(params)
     if jax.tree.leaves(params):
       allocation_lib.check_leaves(sparsity, params, state.masks)
+      patterns.check_fit(masks_lib.select_prunable(params, prunable), pattern)
     return state
 
   return optax.GradientTransformationExtraArgs(init_fn, pruning.update)

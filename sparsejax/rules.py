@@ -1,7 +1,7 @@
 """Rules: when masks change, and how."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,6 +16,7 @@ from sparsejax.counts import Count
 from sparsejax.criteria import Criterion, Leaf, Score
 from sparsejax.masks import PyTree
 from sparsejax.moments import find_moments
+from sparsejax.patterns import SINGLE, Pattern
 from sparsejax.transform import Call, Rule
 
 # Takes the number of the call, the tree of prunable weights, and a function from a sparsity to a
@@ -63,7 +64,12 @@ def from_criteria(*stages: Stage, **scorers: Score | Criterion) -> Rule:
 
 
 def prune_lowest(
-  goal: Goal, allocation: Allocation, criterion: Score | Criterion, *, revive: bool = False
+  goal: Goal,
+  allocation: Allocation,
+  criterion: Score | Criterion,
+  *,
+  pattern: Pattern = SINGLE,
+  revive: bool = False,
 ) -> Stage:
   """Prunes the weights of lowest score, as many as are asked for.
 
@@ -71,24 +77,33 @@ def prune_lowest(
     goal: how many that is.
     allocation: how a sparsity is shared out among layers; see `sparsejax.allocation`.
     criterion: the score of each weight, `drop` to `from_criteria`.
+    pattern: what is pruned together, and what has to stay.
     revive: whether the masks before have no say: pruned weights compete too, and may return. If
       not, those that are pruned already count among the weights to be pruned, and stay so.
   """
 
   def stage(call):
-    weights, treedef = jax.tree.flatten(call.params)
+    weights = jax.tree.leaves(call.params)
     if not weights:
       return call.masks
-    shapes = [w.shape for w in weights]
+    shapes = [pattern.units(w.shape) for w in weights]
     k = counts.from_ints(
-      goal(call.count, call.params, lambda s: allocation_lib.count_pruned(shapes, s, allocation))
+      goal(
+        call.count,
+        call.params,
+        lambda s: allocation_lib.count_pruned(shapes, s, allocation, pattern),
+      )
     )
-    active = None if revive else jax.tree.leaves(call.masks)
+    masks = [pattern.pool_mask(m) for m in jax.tree.leaves(call.masks)]
+    active = None if revive else masks
     number = None
     if active is not None and k.low.shape[0] == len(active):
       number = k - counts.widen(jnp.stack([counts.count_true(~m)[0] for m in active]))
-    pruned = selection.select(**_ranked("drop", criterion, call, number), k=k, active=active)
-    return jax.tree.unflatten(treedef, [~p for p in pruned])
+    ranked = _ranked("drop", criterion, call, number, pattern=pattern)
+    has_say = [None] * len(masks) if revive else masks
+    ranked["values"] = [pattern.exempt(v, m) for v, m in zip(ranked["values"], has_say)]
+    pruned = selection.select(**ranked, k=k, active=active)
+    return _spread(pattern, [~p for p in pruned], call.params)
 
   return stage
 
@@ -98,6 +113,7 @@ def drop_and_grow(
   grow: Score | Criterion,
   fraction: optax.Schedule,
   *,
+  pattern: Pattern = SINGLE,
   rounding: Rounding = "nearest",
   drop_globally: bool = False,
   redistribute: Score | None = None,
@@ -110,6 +126,7 @@ def drop_and_grow(
     drop: the score of active weights, `drop` to `from_criteria`.
     grow: the score of inactive weights, those just dropped included; `grow` to `from_criteria`.
     fraction: from the number of the call to the fraction of the active weights to be dropped.
+    pattern: what is pruned together, and what has to stay.
     rounding: of their number.
     drop_globally: whether the active weights of all layers compete, and not those of each.
     redistribute: from the context of a leaf to a number in proportion to which it gets its share of
@@ -120,7 +137,7 @@ def drop_and_grow(
   """
 
   def stage(call):
-    masks, treedef = jax.tree.flatten(call.masks)
+    masks = [pattern.pool_mask(m) for m in jax.tree.leaves(call.masks)]
     if not masks:
       return call.masks
     active = jnp.stack([masks_lib.count_kept(m) for m in masks])
@@ -128,7 +145,7 @@ def drop_and_grow(
     part = jnp.broadcast_to(jnp.float32(fraction(call.count)), pool.low.shape)
     number = counts.share(part, pool, rounding)
     dropped = selection.select_among(
-      **_ranked("drop", drop, call, number), k=number, candidates=masks
+      **_ranked("drop", drop, call, number, pattern=pattern), k=number, candidates=masks
     )
     kept = [m & ~d for m, d in zip(masks, dropped)]
     if drop_globally:
@@ -144,14 +161,16 @@ def drop_and_grow(
       # Other random numbers than those by which weights were dropped.
       call = call._replace(key=jax.random.fold_in(call.key, len(masks)))
     if exact_growth:
-      grown = selection.select_among(
-        **_ranked("grow", grow, call, number, highest=True), k=number, candidates=candidates
-      )
+      ranked = _ranked("grow", grow, call, number, pattern=pattern, highest=True)
+      if pattern.regrows_in_groups:
+        grown = [pattern.regrown(v, d, c) for v, d, c in zip(ranked["values"], dropped, candidates)]
+      else:
+        grown = selection.select_among(**ranked, k=number, candidates=candidates)
     else:
       chance = number.to_float() / jnp.maximum(capacity.to_float(), 1)
       uniform = _scores("grow", grow, call, number)
       grown = [c & (u >= 1 - p) for c, u, p in zip(candidates, uniform, chance)]
-    return jax.tree.unflatten(treedef, [k | g for k, g in zip(kept, grown)])
+    return _spread(pattern, [k | g for k, g in zip(kept, grown)], call.params)
 
   return stage
 
@@ -198,15 +217,26 @@ def _ranked(
   call: Call,
   number: Count | None = None,
   *,
+  pattern: Pattern,
   highest: bool = False,
 ) -> dict[str, Any]:
   """Arguments for a selection: values, and a score of them whose lowest are to be chosen."""
+  if pattern != SINGLE:
+    ranked = _ranked(role, criterion, call, highest=highest, pattern=SINGLE)
+    return dict(values=[pattern.pool(ranked["score"](v)) for v in ranked["values"]])
   if criterion is criteria.magnitude or (criterion is criteria.gradient and call.grad is not None):
     # Such scores are exact, so that they need not be written to memory.
     values = call.params if criterion is criteria.magnitude else call.grad
     return dict(values=jax.tree.leaves(values), score=_negative_abs if highest else jnp.abs)
   values = _scores(role, criterion, call, number)
   return dict(values=values, score=jnp.negative if highest else jnp.positive)
+
+
+def _spread(pattern: Pattern, masks: Sequence[jax.Array], params: PyTree) -> PyTree:
+  """The masks of the weights, from those of what is pruned together."""
+  weights, treedef = jax.tree.flatten(params)
+  spread = [pattern.spread(m, w.shape) for m, w in zip(masks, weights)]
+  return jax.tree.unflatten(treedef, spread)
 
 
 def _negative_abs(x: jax.Array) -> jax.Array:

@@ -155,7 +155,7 @@ def select(
     arrays, masks, vectors = lax.optimization_barrier((list(values), active, vectors))
     found = []
     for i, (array, mask) in enumerate(zip(arrays, masks)):
-      key = _ordinal(_widened(score(array), dtype))
+      key = ordinal(_widened(score(array), dtype))
       if mask is not None:
         key = jnp.where(mask, key, key_type(0))
       scalars = (v[0] if v.shape[0] == 1 else v[i] for v in vectors)
@@ -277,7 +277,7 @@ def _word(count: Count, dtype) -> jax.Array:
   return (count.high.astype(dtype) << 32) | count.low.astype(dtype)
 
 
-def _ordinal(scores: jax.Array) -> jax.Array:
+def ordinal(scores: jax.Array) -> jax.Array:
   """Unsigned integers in the order of the scores; both zeros are one, all NaN are the largest."""
   unsigned = _UNSIGNED[scores.dtype.itemsize]
   bits = lax.bitcast_convert_type(scores, unsigned)

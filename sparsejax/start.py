@@ -8,10 +8,11 @@ import numpy as np
 import optax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import arguments
+from sparsejax import arguments, patterns
 from sparsejax import masks as masks_lib
 from sparsejax.allocation import Allocation
 from sparsejax.masks import PyTree
+from sparsejax.patterns import Pattern
 
 
 def check_start(
@@ -41,6 +42,7 @@ def initial_masks(
   allocation: Allocation,
   key: jax.Array | None,
   *,
+  pattern: Pattern,
   final: PyTree,
 ) -> Callable[[PyTree, PyTree], PyTree]:
   """The masks that training starts with, as `transform.masked_updates` takes them.
@@ -50,6 +52,7 @@ def initial_masks(
     masks: those that are given, or None.
     allocation: of the weights that are drawn.
     key: for the drawing.
+    pattern: what is pruned together, and what has to stay.
     final: the sparsity at the end, which must not be lower in any leaf.
   """
   is_given, is_dense = masks is not None, isinstance(sparsity, float) and sparsity == 0
@@ -64,6 +67,7 @@ def initial_masks(
     )
 
   def masks_of(params, pool):
+    patterns.check_fit(pool, pattern)
     if not allocation_lib.is_scalar(final) and isinstance(sparsity, float):
       for name, value in masks_lib.leaves_by_name(final).items():
         in_pool = name in masks_lib.leaves_by_name(pool)
@@ -92,7 +96,7 @@ def initial_masks(
         ],
       )
     return allocation_lib.masks_from_scores(
-      scores, sparsity, allocation=allocation, prunable=lambda path, leaf: True
+      scores, sparsity, allocation=allocation, pattern=pattern, prunable=lambda path, leaf: True
     )
 
   return masks_of
