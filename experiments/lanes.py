@@ -1,31 +1,72 @@
-"""Runs that differ in seed and sparsity alone, trained side by side as one compiled program."""
+"""Runs that differ in seed and sparsity alone, trained side by side as one compiled program.
+
+It is the epoch of one run under two `jax.vmap`s, over sparsity and over seed; all lanes share the
+images. The sparsity is data: each lane's state has the index of its own, from which come exactly as
+many pruned weights as in a run of its own (see `sparsejax.OneOf`).
+"""
 
 import dataclasses
+import functools
+import itertools
+import json
 import math
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import tqdm
 
-from experiments import checkpoints, cycles, data, records, training
+from experiments import checkpoints, commands, cycles, data, records, training
 from experiments import train as train_lib
 from experiments.recipe import Recipe
 from experiments.run import Run
 from experiments.training import Images
 
 
-def fit_in_lanes(recipe: Recipe) -> bool:
-  """Whether runs of this recipe may have a sparsity of their own each.
+def check_fit(recipe: Recipe) -> None:
+  """Raises a ValueError that names the field by which runs of a recipe cannot be lanes."""
+  commands.check_fields(recipe, _requirements(recipe))
 
-  They may if only the masks that they start with depend on it, and no ramp does; and if the images
-  are in memory.
+
+def fit_in_lanes(recipe: Recipe) -> bool:
+  """Whether runs of a recipe can be trained side by side."""
+  return all(holds for holds, _ in _requirements(recipe).values())
+
+
+def _requirements(recipe: Recipe) -> dict[str, tuple[bool, str]]:
+  return {
+    "cycles": (recipe.cycles == 1, "1 for runs side by side"),
+    "data": (
+      recipe.data != "imagenet2012",
+      "images in memory, not a stream, for runs side by side",
+    ),
+  }
+
+
+def in_grids(runs: Sequence[Run], size: int) -> list[list[Run]]:
+  """Splits runs of one recipe into sets of all combinations of some sparsities and some seeds.
+
+  Args:
+    runs: that differ in seed and sparsity.
+    size: the most runs in a set.
   """
-  is_simple = recipe.cycles == 1 and recipe.best_above == 1 and recipe.data != "imagenet2012"
-  return is_simple and not recipe.has_ramp
+  seeds_of = {}
+  for run in runs:
+    seeds_of.setdefault(run.recipe.sparsity, {})[run.seed] = run
+  rows_of = {}
+  for row in seeds_of.values():
+    rows_of.setdefault(tuple(row), []).append(row)
+  grids = []
+  for seeds, rows in rows_of.items():
+    for i in range(0, len(seeds), size):
+      some = seeds[i : i + size]
+      height = size // len(some)
+      for j in range(0, len(rows), height):
+        grids.append([row[seed] for row in rows[j : j + height] for seed in some])
+  return grids
 
 
 def train_lanes(
@@ -34,10 +75,12 @@ def train_lanes(
   """Trains runs to their end or the time limit, from the last checkpoint if there is one.
 
   Each ends with the masks that it would have if it were trained alone, as far as its gradients have
-  the same bits. On a CPU, networks with convolutions are trained one after the other.
+  the same bits; and after each epoch it has exactly as many pruned weights. On a CPU, networks with
+  convolutions are trained one after the other.
 
   Args:
-    runs: that differ in seed, in the sparsity of their recipe, and in their folders.
+    runs: all combinations of some sparsities and some seeds, that differ in nothing else but their
+      folders.
     folder: for the checkpoints of all of them.
     time_limit: seconds, compilation included, after which no epoch may end.
 
@@ -46,13 +89,16 @@ def train_lanes(
     time limit came first.
 
   Raises:
-    ValueError: if the runs differ in more than that, or if the folder holds other ones.
+    ValueError: if the runs are others, or of a recipe that does not fit in lanes, or if the folder
+      holds other ones.
   """
   deadline = time.perf_counter() + time_limit
-  _check_alike(runs)
-  recipe, first = runs[0].recipe, runs[0]
+  grid = _check_grid(runs)
+  sparsities, seeds = (tuple(dict.fromkeys(axis)) for axis in zip(*grid))
+  # It prunes if any of them does.
+  recipe, first = max((run.recipe for run in runs), key=lambda r: r.sparsity), runs[0]
   dataset = data.load(recipe.data, first.data_dir)
-  config = {"lanes": [train_lib.make_config(run) for run in runs]}
+  config = train_lib.make_config(first) | {"sparsity": list(sparsities), "seed": list(seeds)}
   provenance = records.provenance()
   with records.open_folder(folder, config), jax.default_device(train_lib.find_device(first.device)):
     # On the device once, for all lanes.
@@ -61,20 +107,52 @@ def train_lanes(
       train_images=jnp.asarray(dataset.train_images),
       test_images=jnp.asarray(dataset.test_images),
     )
-    trainers = [training.make_trainer(run.recipe, dataset, run.seed) for run in runs]
-    if trainers[0].steps_are_calls:
+    trainers = [
+      training.make_trainer(recipe, dataset, seed, sparsities=sparsities) for seed in seeds
+    ]
+    trainer = trainers[0]
+    if trainer.steps_are_calls:
+      print(
+        f"{recipe.model} has convolutions, which XLA's CPU backend runs far slower in a loop: the"
+        f" {len(runs)} runs are trained one after the other."
+      )
       return _one_after_the_other(runs, deadline)
     compiling = time.perf_counter()
     # The optimizer is a part of each state; that of one does for all.
-    states = [trainer.init().replace(tx=trainers[0].tx) for trainer in trainers]
-    state = jax.block_until_ready(_stack(states))
-    train = _stack_images([trainer.train for trainer in trainers])
-    held_out = _stack_images([trainer.held_out for trainer in trainers])
-    over = (0, Images(pixels=None, index=0, labels=0, key=0))
-    epoch_fn = jax.jit(jax.vmap(trainers[0].epoch, over), donate_argnums=0)
+    state = _stack(
+      [
+        _stack([of_seed.init(index).replace(tx=trainer.tx) for of_seed in trainers])
+        for index in range(len(sparsities))
+      ]
+    )
+    state = jax.block_until_ready(state)
+    train = _stack_images([of_seed.train for of_seed in trainers])
+    epoch_fn = jax.jit(_in_lanes(trainer.epoch), donate_argnums=0)
     epoch_fn = epoch_fn.lower(state, train).compile()
-    validate = jax.jit(jax.vmap(trainers[0].validate, over))
     compile_seconds = time.perf_counter() - compiling
+    held_out = _stack_images([of_seed.held_out for of_seed in trainers])
+    some = _stack_images([of_seed.train.first(1000) for of_seed in trainers])
+    validate = jax.jit(_in_lanes(trainer.validate))
+
+    def describe(epoch, state, trained, seconds):
+      """The lines of an epoch, as `cycles` makes them of one run."""
+      size = trainer.held_out.size
+      found = validate(state, held_out) if size else None
+      # A few images may have the same output by chance.
+      watched = found if size >= 100 else validate(state, some)
+      device = next(iter(state.step.devices()))
+      lines = []
+      for lane in range(len(runs)):
+        mine = functools.partial(_lane, lane=lane)
+        constant = bool(mine(watched).constant)
+        line = cycles.make_line(
+          epoch, mine(trained), found and mine(found), constant, seconds, device
+        )
+        if line["sparsity"] > recipe.best_above:
+          line["test_accuracy"] = float(trainer.evaluate(mine(state), trainer.test).accuracy)
+        lines.append(line)
+      return lines
+
     records.replace_file(folder / "config.json", records.to_json(config))
     longest = 0.0
     with (
@@ -92,40 +170,49 @@ def train_lanes(
           return None
         state, trained = jax.block_until_ready(epoch_fn(state, train))
         seconds = (time.perf_counter() - started) / len(runs)
-        found = validate(state, held_out)
-        device = next(iter(state.step.devices()))
-        metrics.append(
-          [
-            cycles.make_line(epoch, each, evaluation, bool(evaluation.constant), seconds, device)
-            for each, evaluation in zip(_unstack(trained), _unstack(found))
-          ]
-        )
+        metrics.append(describe(epoch, state, trained, seconds))
         bar.update()
         longest = max(longest, time.perf_counter() - started)
-        if len(metrics) % first.checkpoint_every == 0:
+        if len(metrics) % first.checkpoint_every == 0 or len(metrics) == recipe.epochs:
           saved.save(state, metrics)
-    results = []
-    for i, (run, trainer, of_run) in enumerate(zip(runs, trainers, _unstack(state))):
+    provenance |= {"lanes": len(runs)}
+    results = {}
+    for lane, (place, run) in enumerate(grid.items()):
       run.folder.mkdir(parents=True, exist_ok=True)
-      lines = [of_epoch[i] for of_epoch in metrics]
-      _, result = train_lib.finish(
-        run, trainer, of_run, lines, compile_seconds / len(runs), provenance | {"lanes": len(runs)}
+      lines = [of_epoch[lane] for of_epoch in metrics]
+      text = "".join(json.dumps(line) + "\n" for line in lines)
+      records.replace_file(run.folder / "metrics.jsonl", text)
+      _, results[place] = train_lib.finish(
+        run, trainer, _lane(state, lane), lines, compile_seconds / len(runs), provenance
       )
-      results.append(result)
-    return results
+    return [results[_place(run)] for run in runs]
 
 
-def _check_alike(runs: Sequence[Run]) -> None:
-  """Raises a ValueError if runs differ in more than seed, sparsity and folder."""
+def _place(run: Run) -> tuple[float, int]:
+  return run.recipe.sparsity, run.seed
+
+
+def _check_grid(runs: Sequence[Run]) -> dict[tuple[float, int], Run]:
+  """The runs by sparsity and seed, in the order of lanes.
+
+  Raises:
+    ValueError: if they differ in more than that and their folders, or are not all combinations.
+  """
   first, *others = [
     dataclasses.replace(run, seed=0, out=None, recipe=runs[0].recipe) for run in runs
   ]
   recipe, *recipes = [dataclasses.asdict(run.recipe) | {"sparsity": None} for run in runs]
   if any(run != first for run in others) or any(each != recipe for each in recipes):
     raise ValueError("lanes must differ in seed, sparsity and folder alone")
-  sparsities = {run.recipe.sparsity for run in runs}
-  if len(sparsities) > 1 and not fit_in_lanes(runs[0].recipe):
-    raise ValueError("lanes of one program must have the same sparsity where a ramp leads to it")
+  check_fit(runs[0].recipe)
+  found = {_place(run): run for run in runs}
+  grid = list(itertools.product(*(dict.fromkeys(axis) for axis in zip(*found))))
+  if len(found) < len(runs) or len(found) < len(grid):
+    raise ValueError(
+      f"lanes must be all combinations of some sparsities and some seeds, each once, got"
+      f" {list(map(_place, runs))}"
+    )
+  return {place: found[place] for place in grid}
 
 
 def _one_after_the_other(runs: Sequence[Run], deadline: float) -> list[dict[str, Any]] | None:
@@ -139,6 +226,12 @@ def _one_after_the_other(runs: Sequence[Run], deadline: float) -> list[dict[str,
   return results
 
 
+def _in_lanes(function: Callable[[Any, Images], Any]) -> Callable[[Any, Images], Any]:
+  """A function of a state and images, for states by sparsity and seed and for images by seed."""
+  images = Images(pixels=None, index=0, labels=0, key=0)
+  return jax.vmap(jax.vmap(function, (0, images)), (0, None))
+
+
 def _stack(trees: Sequence[Any]) -> Any:
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
@@ -149,6 +242,6 @@ def _stack_images(sets: Sequence[Images]) -> Images:
   return stacked._replace(pixels=sets[0].pixels)
 
 
-def _unstack(tree: Any) -> list[Any]:
-  count = len(jax.tree.leaves(tree)[0])
-  return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(count)]
+def _lane(tree: Any, lane: int) -> Any:
+  """What belongs to one lane, counted through seeds first."""
+  return jax.tree.map(lambda leaf: leaf[divmod(lane, leaf.shape[1])], tree)

@@ -42,8 +42,10 @@ class Learner:
     variables: shapes of its parameters and running statistics.
     masks: shapes of its masks.
     tx: the optimizer of its states; not the masks and the key that they start with.
-    init: (pixels, labels) of a batch as it is, at which some methods look -> the first state.
-    start: (parameters and running statistics, masks, step) -> state, with a fresh optimizer.
+    init: (pixels, labels) of a batch as it is, at which some methods look -> the first state; and,
+      of several sparsities, the index of its own.
+    start: (parameters and running statistics, masks, step) -> state, with a fresh optimizer; and
+      that index.
     augment: (key, pixels) -> pixels in [0, 1].
     train_step: (state, pixels, labels, key of the epoch) -> state, and the sums of the losses and
       of the right answers.
@@ -77,6 +79,7 @@ def make_learner(
   std: Sequence[float],
   steps_per_epoch: int,
   key: jax.Array,
+  sparsities: tuple[float, ...] = (),
 ) -> Learner:
   """Prepares the network and the optimizer of a recipe.
 
@@ -88,6 +91,7 @@ def make_learner(
     std: of each channel, with pixels in [0, 1].
     steps_per_epoch: number of optimizer steps.
     key: decides initialisation and the masks at the start.
+    sparsities: that states may have, each its own, in place of the recipe's.
 
   Raises:
     ValueError: if images are too small for the network.
@@ -97,7 +101,9 @@ def make_learner(
   _check_fit(model, recipe, image_shape)
   normalized = functools.partial(normalize, mean=mean, std=std)
   augmented = functools.partial(augment, augmentation=recipe.augmentation, mean=mean)
-  optimizer = functools.partial(methods.make_optimizer, recipe, steps_per_epoch)
+  optimizer = functools.partial(
+    methods.make_optimizer, recipe, steps_per_epoch, sparsities=sparsities
+  )
 
   @jax.jit
   def init_variables(key):
@@ -106,12 +112,13 @@ def make_learner(
 
   abstract_variables = jax.eval_shape(init_variables, key)
   abstract_masks = jax.eval_shape(methods.full_masks, abstract_variables["params"])
-  # One and the same in all states, which it is a part of. Masks are none of it, nor is the key.
+  # One and the same in all states, which it is a part of. Masks are none of it, nor are the key and
+  # the index.
   tx = optimizer(masks_key, abstract_masks)
 
   @jax.jit
-  def start_with(key, variables, masks, step):
-    opt_state = optimizer(key, masks).init(variables["params"])
+  def start_with(key, variables, masks, step, index=0):
+    opt_state = optimizer(key, masks, index=index).init(variables["params"])
     # Copies, since an epoch uses up its state.
     return TrainState(
       step=step,
@@ -126,12 +133,12 @@ def make_learner(
 
   start = functools.partial(start_with, masks_key)
 
-  def init(pixels, labels):
+  def init(pixels, labels, index=0):
     variables = init_variables(key)
     batch = normalized(pixels), labels
-    return start(
-      variables, methods.make_initial_masks(recipe, model, variables, batch, masks_key), 0
-    )
+    own = dataclasses.replace(recipe, sparsity=sparsities[index]) if sparsities else recipe
+    masks = methods.make_initial_masks(own, model, variables, batch, masks_key)
+    return start(variables, masks, 0, index)
 
   def weights(params, opt_state):
     """What the network computes with."""

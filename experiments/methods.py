@@ -23,13 +23,20 @@ _DYNAMIC = {
 
 PyTree = Any
 Variables = dict[str, PyTree]
+Sparsity = float | sparsejax.OneOf
 
 # Wang et al., 2020: the logits are divided by it.
 _GRASP_TEMPERATURE = 200
 
 
 def make_optimizer(
-  recipe: Recipe, steps_per_epoch: int, key: jax.Array, masks: PyTree | None = None
+  recipe: Recipe,
+  steps_per_epoch: int,
+  key: jax.Array,
+  masks: PyTree | None = None,
+  *,
+  sparsities: tuple[float, ...] = (),
+  index: int | jax.Array = 0,
 ) -> optax.GradientTransformation:
   """SGD as published, and the pruning after it or around it.
 
@@ -39,7 +46,22 @@ def make_optimizer(
     key: for what is drawn at random: the weights that are active at the start, or grow.
     masks: those that its state starts with, where they are made before training and do not change
       during it. Its `update` does not depend on them.
+    sparsities: of runs side by side, in place of the recipe's own, which is 0 only if all are.
+    index: which of them is that of its state. Its `update` does not depend on it.
   """
+  make = functools.partial(_make_optimizer, recipe, steps_per_epoch, key, masks)
+  if not sparsities:
+    return make(recipe.sparsity)
+  return optax.inject_hyperparams(lambda index: make(sparsejax.OneOf(sparsities, index)))(index)
+
+
+def _make_optimizer(
+  recipe: Recipe,
+  steps_per_epoch: int,
+  key: jax.Array,
+  masks: PyTree | None,
+  sparsity: Sparsity,
+) -> optax.GradientTransformation:
   sgd = optax.chain(
     optax.clip_by_global_norm(recipe.clip_norm) if recipe.clip_norm else optax.identity(),
     optax.add_decayed_weights(
@@ -54,9 +76,9 @@ def make_optimizer(
   if has_fixed_masks(recipe):
     return optax.chain(sgd, sparsejax.fixed_masks(masks))
   if recipe.dynamic.method != "none":
-    return make_dynamic(recipe, sgd, steps_per_epoch, key)
+    return make_dynamic(recipe, sgd, steps_per_epoch, key, sparsity)
   if recipe.sparsity:
-    return optax.chain(sgd, make_pruning(recipe, steps_per_epoch))
+    return optax.chain(sgd, make_pruning(recipe, steps_per_epoch, sparsity))
   return sgd
 
 
@@ -101,14 +123,18 @@ def _make_falling_rate(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
 
 
 def make_dynamic(
-  recipe: Recipe, sgd: optax.GradientTransformation, steps_per_epoch: int, key: jax.Array
+  recipe: Recipe,
+  sgd: optax.GradientTransformation,
+  steps_per_epoch: int,
+  key: jax.Array,
+  sparsity: Sparsity,
 ) -> optax.GradientTransformationExtraArgs:
   """The recipe's sparse training around its SGD."""
   dynamic = recipe.dynamic
   every = dynamic.every or steps_per_epoch
   total = recipe.epochs * steps_per_epoch
   end = round(dynamic.stop * total)
-  start = dict(sparsity=recipe.sparsity, allocation=dynamic.allocation, key=key)
+  start = dict(sparsity=sparsity, allocation=dynamic.allocation, key=key)
   if dynamic.method == "static":
     return sparsejax.static_sparse_training(sgd, **start)
   floor = dynamic.last_fraction / dynamic.fraction if dynamic.fraction else 0.0
@@ -141,19 +167,29 @@ def make_dynamic(
   )
 
 
-def make_pruning(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
+def make_pruning(
+  recipe: Recipe, steps_per_epoch: int, sparsity: Sparsity
+) -> optax.GradientTransformationExtraArgs:
   """The recipe's ramp, with a change of the masks at the start of each of its epochs."""
   begin, steps = recipe.prune_begin * steps_per_epoch, recipe.prune_epochs * steps_per_epoch
   if recipe.ramp == "progressive":
     return sparsejax.progressive_pruning(
-      recipe.sparsity,
+      sparsity,
       steps=steps,
       every=steps_per_epoch,
       begin=begin,
       initial=recipe.initial_sparsity,
     )
   power = {"linear": 1, "cubic": 3}[recipe.ramp]
-  ramp = optax.polynomial_schedule(recipe.initial_sparsity, recipe.sparsity, power, steps, begin)
+
+  def ramp_to(final):
+    return optax.polynomial_schedule(recipe.initial_sparsity, final, power, steps, begin)
+
+  def ramp(count):
+    if isinstance(sparsity, sparsejax.OneOf):
+      return sparsity.pick(lambda final: ramp_to(final)(count))
+    return ramp_to(sparsity)(count)
+
   return sparsejax.gradual_pruning(
     ramp, every=steps_per_epoch, begin=begin, end=begin + steps, keep_weights=recipe.keep_weights
   )

@@ -131,7 +131,7 @@ def _missing_runs(options: Options, table: Table, name: str) -> list[list[Run]]:
     if not _path(options.results, row.name, seed).exists()
   ]
   size = table.lanes if runs and lanes.fit_in_lanes(runs[0].recipe) else 1
-  return [runs[i : i + size] for i in range(0, len(runs), size)]
+  return lanes.in_grids(runs, size)
 
 
 def _make_run(options: Options, row: Row, seed: int) -> Run:

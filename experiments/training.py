@@ -55,7 +55,7 @@ class Trainer:
   Attributes:
     steps_per_epoch: number of optimizer steps.
     classes: number of classes.
-    init: returns the state before the first epoch.
+    init: returns the state before the first epoch; of several sparsities, that of an index.
     start: (parameters and running statistics, masks, step) -> state, with a fresh optimizer.
     tx: the optimizer of its states; not the masks and the key that they start with.
     epoch: the function (state, training images) -> (state, EpochMetrics), as it is.
@@ -70,7 +70,7 @@ class Trainer:
 
   steps_per_epoch: int
   classes: int
-  init: Callable[[], TrainState]
+  init: Callable[..., TrainState]
   start: Callable[..., TrainState]
   tx: optax.GradientTransformation
   epoch: Callable[..., tuple[TrainState, EpochMetrics]]
@@ -83,7 +83,14 @@ class Trainer:
   test: Images | Stream
 
 
-def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1) -> Trainer:
+def make_trainer(
+  recipe: Recipe,
+  dataset: Dataset,
+  seed: int,
+  *,
+  unroll: int = 1,
+  sparsities: tuple[float, ...] = (),
+) -> Trainer:
   """Prepares a run.
 
   Args:
@@ -91,6 +98,7 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
     dataset: on what.
     seed: decides initialisation, split, order, augmentation and dropout.
     unroll: so many steps of an epoch are written out in one turn of its loop.
+    sparsities: that states may have, each its own, in place of the recipe's.
 
   Raises:
     ValueError: if there are fewer training images than are asked for or than a batch takes, or if
@@ -124,14 +132,15 @@ def make_trainer(recipe: Recipe, dataset: Dataset, seed: int, *, unroll: int = 1
     std=dataset.std,
     steps_per_epoch=steps,
     key=init_key,
+    sparsities=sparsities,
   )
   # XLA's CPU backend runs gradients of convolutions 40 times slower in a loop than outside of one
   # (https://github.com/jax-ml/jax/issues/12868), so there each step is a call from Python.
   on_cpu = all(device.platform == "cpu" for device in train.labels.devices())
   steps_are_calls = on_cpu and _has_convolutions(learner.model, learner.variables, train)
 
-  def init():
-    return learner.init(train.pixels[train.index[:batch]], train.labels[:batch])
+  def init(index=0):
+    return learner.init(train.pixels[train.index[:batch]], train.labels[:batch], index)
 
   def begin(step, key):
     """The key of an epoch, and the order of its images."""

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -16,7 +17,12 @@ DIGITS = dataclasses.replace(
   epochs=3,
   prune_epochs=0,
   validation=0.2,
+  drop_last=True,  # Or else the step of the last images would be compiled too.
   dynamic=Dynamic("criteria", drop="magnitude", grow="gradient", every=10),
+)
+
+GRANET = dataclasses.replace(
+  DIGITS, prune_epochs=2, ramp="cubic", dynamic=Dynamic("granet", every=5)
 )
 
 
@@ -35,18 +41,32 @@ def make_runs(folder, recipe=DIGITS, **options):
   ]
 
 
+def metrics_of(folder):
+  return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_lanes_come_to_what_separate_runs_come_to(tmp_path):
-  results = lanes.train_lanes(make_runs(tmp_path), tmp_path / "lanes")
-  for run, result in list(zip(make_runs(tmp_path / "alone"), results))[1:3]:
-    alone = train.train(run)
-    # Nearly the same arithmetic, in another order.
-    for key in ("config", "pool", "pruned", "sparsity", "layers"):
-      assert result[key] == alone[key], key
-    assert result["test_accuracy"] == pytest.approx(alone["test_accuracy"], abs=1.5)
-    assert result["lanes"] == 4
-    folder = tmp_path / f"{run.recipe.sparsity}/seed{run.seed}"
-    assert json.loads((folder / "result.json").read_text())["pruned"] == result["pruned"]
+  runs = make_runs(tmp_path, GRANET)
+  order = [2, 0, 3, 1]
+  shuffled = lanes.train_lanes([runs[i] for i in order], tmp_path / "lanes")
+  results = [shuffled[order.index(i)] for i in range(4)]
+  run = make_runs(tmp_path / "alone", GRANET)[-1]
+  result, alone = results[-1], train.train(run)
+  # Nearly the same arithmetic, in another order.
+  for key in ("config", "pool", "pruned", "sparsity"):
+    assert result[key] == alone[key], key
+  assert result["test_accuracy"] == pytest.approx(alone["test_accuracy"], abs=1.5)
+  assert result["lanes"] == 4
+  folder = tmp_path / f"{run.recipe.sparsity}/seed{run.seed}"
+  assert json.loads((folder / "result.json").read_text())["pruned"] == result["pruned"]
   assert len({result["test_accuracy"] for result in results}) > 1
+  # Exactly as many weights are pruned after each epoch, on the way to another sparsity each.
+  after_epochs = [
+    [round(line["sparsity"] * result["pool"]) for line in metrics_of(each)]
+    for each in (folder, run.folder, tmp_path / "0.5/seed2")
+  ]
+  assert after_epochs[0] == after_epochs[1]
+  assert all(0 < other < own for other, own in zip(after_epochs[2], after_epochs[0]))
 
 
 def test_dense_networks_are_trained_in_lanes_too(tmp_path):
@@ -56,13 +76,14 @@ def test_dense_networks_are_trained_in_lanes_too(tmp_path):
 
 
 def test_lanes_that_were_cut_resume_to_the_same_bits(tmp_path):
-  whole = lanes.train_lanes(make_runs(tmp_path / "whole"), tmp_path / "whole-lanes")
+  recipe = dataclasses.replace(DIGITS, epochs=2)
+  whole = lanes.train_lanes(make_runs(tmp_path / "whole", recipe), tmp_path / "whole-lanes")
   # Even a limit that is over at once leaves time for one epoch.
-  cut = make_runs(tmp_path / "cut")
+  cut = make_runs(tmp_path / "cut", recipe)
   calls = 1
   while (found := lanes.train_lanes(cut, tmp_path / "cut-lanes", time_limit=1e-9)) is None:
     calls += 1
-  assert calls == DIGITS.epochs
+  assert calls == recipe.epochs
   assert [r["test_accuracy"] for r in found] == [r["test_accuracy"] for r in whole]
   assert [r["layers"] for r in found] == [r["layers"] for r in whole]
 
@@ -72,10 +93,55 @@ def test_lanes_that_differ_in_more_than_seed_and_sparsity_are_an_error(tmp_path)
   other = dataclasses.replace(first, recipe=dataclasses.replace(first.recipe, epochs=4))
   with pytest.raises(ValueError, match="differ in seed, sparsity and folder alone"):
     lanes.train_lanes([other, *rest], tmp_path / "lanes")
-  ramp = dataclasses.replace(DIGITS, dynamic=Dynamic(), sparsity=0.5, prune_epochs=2)
-  assert not lanes.fit_in_lanes(ramp)
-  with pytest.raises(ValueError, match="where a ramp leads to it"):
-    lanes.train_lanes(make_runs(tmp_path, ramp), tmp_path / "lanes")
+  for some in ([first, first], [first, *rest[1:]]):
+    with pytest.raises(ValueError, match="all combinations of some sparsities and some seeds"):
+      lanes.train_lanes(some, tmp_path / "lanes")
+
+
+@pytest.mark.parametrize(
+  ("name", "said"),
+  [
+    ("lenet300-mnist-e40-lth", "cycles=19 must be 1 for runs side by side"),
+    ("resnet50-imagenet-granet-80", "data='imagenet2012' must be images in memory"),
+  ],
+)
+def test_recipes_that_do_not_fit_in_lanes_are_an_error_that_names_the_field(name, said, tmp_path):
+  assert not lanes.fit_in_lanes(RECIPES[name])
+  with pytest.raises(ValueError, match=said):
+    lanes.train_lanes([Run(RECIPES[name], name, 1, out=tmp_path)], tmp_path / "lanes")
+
+
+def test_any_runs_are_split_into_combinations_of_sparsities_and_seeds(tmp_path):
+  recipes = {s: dataclasses.replace(DIGITS, sparsity=s) for s in (0.1, 0.2, 0.3, 0.4)}
+  seeds_of = {0.1: (1, 2, 3), 0.2: (2,), 0.3: (1, 2, 3), 0.4: (1, 2, 3)}
+  runs = [Run(recipes[s], "digits", seed) for s, seeds in seeds_of.items() for seed in seeds]
+  for size, sizes in ((1, [1] * 10), (2, [2, 2, 2, 2, 1, 1]), (8, [6, 3, 1]), (12, [9, 1])):
+    grids = lanes.in_grids(runs, size)
+    assert sorted(map(len, grids), reverse=True) == sizes
+    assert sorted(map(repr, itertools.chain(*grids))) == sorted(map(repr, runs))
+    for grid in grids:
+      sparsities, seeds = {run.recipe.sparsity for run in grid}, {run.seed for run in grid}
+      assert len(grid) == len(sparsities) * len(seeds)
+  assert lanes.in_grids([], 12) == []
+
+
+def test_networks_with_convolutions_are_trained_one_after_the_other_on_a_cpu(
+  tmp_path, monkeypatch, capsys
+):
+  trained = []
+
+  def fake_train(run):
+    assert run.time_limit < 100
+    trained.append((run.recipe.sparsity, run.seed))
+    return {"seed": run.seed} if len(trained) < 7 else None
+
+  monkeypatch.setattr(lanes.train_lib, "train", fake_train)
+  runs = make_runs(tmp_path, dataclasses.replace(DIGITS, model="resnet20", width=0.1))
+  results = lanes.train_lanes(runs, tmp_path / "lanes", time_limit=100)
+  assert trained == [(0.5, 1), (0.5, 2), (0.8, 1), (0.8, 2)]
+  assert [result["seed"] for result in results] == [1, 2, 1, 2]
+  assert "the 4 runs are trained one after the other" in capsys.readouterr().out
+  assert lanes.train_lanes(runs, tmp_path / "lanes", time_limit=100) is None
 
 
 def test_criteria_that_are_alike_drop_alike(tmp_path):

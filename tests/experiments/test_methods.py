@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import re
 
 import jax
@@ -111,6 +112,29 @@ def test_a_second_cosine_begins_where_the_training_before_fine_tuning_ends():
       assert float(rate(jnp.int32(count))) == pytest.approx(expected, rel=1e-5)
 
 
+def test_runs_along_a_cubic_ramp_side_by_side_prune_as_many_weights_as_alone():
+  recipe = dataclasses.replace(RECIPES["lenet300-mnist-98-e40-gmp"], initial_sparsity=0.05)
+  sparsities, key = (0.789, 0.98), jax.random.key(0)
+  params = {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal((100, 100)))}
+
+  def pruned(update, state):
+    def step(state, _):
+      _, state = update(params, state, params)
+      return state, jnp.sum(~sparsejax.get_masks(state, params)["kernel"])
+
+    return jax.lax.scan(step, state, length=40)[1]
+
+  make = functools.partial(methods.make_optimizer, recipe, 2, key, sparsities=sparsities)
+  # The update is one and the same, whatever the state's index.
+  lane = lambda index: pruned(make(index=1).update, make(index=index).init(params))
+  lanes = jax.jit(jax.vmap(lane))(jnp.arange(2))
+  for sparsity, counts in zip(sparsities, lanes):
+    own = methods.make_optimizer(dataclasses.replace(recipe, sparsity=sparsity), 2, key)
+    alone = jax.jit(pruned, static_argnums=0)(own.update, own.init(params))
+    assert counts.tolist() == alone.tolist()
+    assert counts[-1] == round(10_000 * sparsity)
+
+
 @pytest.mark.parametrize(
   ("method", "sparsities"),
   [
@@ -123,7 +147,7 @@ def test_a_second_cosine_begins_where_the_training_before_fine_tuning_ends():
 )
 def test_the_ramps_of_methods_that_prune_during_training(method, sparsities):
   recipe = RECIPES[f"lenet300-mnist-98-e40-{method}"]
-  tx = methods.make_pruning(recipe, steps_per_epoch=2)
+  tx = methods.make_pruning(recipe, 2, recipe.sparsity)
   params = {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal((100, 100)))}
   state, update, found = tx.init(params), jax.jit(tx.update), []
   for _ in range(40):

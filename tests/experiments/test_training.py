@@ -157,7 +157,7 @@ def test_the_plain_cosine_of_vgg19_ends_at_the_final_learning_rate():
 
 def test_the_ramp_of_vgg19_is_the_published_one():
   recipe = RECIPES["vgg19-cifar10-98"]
-  tx = methods.make_pruning(recipe, steps_per_epoch=1)
+  tx = methods.make_pruning(recipe, 1, recipe.sparsity)
   params = {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal((100, 1000)))}
   update = jax.jit(tx.update)
   state, pruned = tx.init(params), []
