@@ -351,12 +351,6 @@ def _milliseconds(seconds: float) -> str:
   return f"{1e3 * seconds:.3g} ms"
 
 
-def to_markdown(rows: Sequence[dict[str, str]]) -> str:
-  """A table with the keys of the first row as its header."""
-  lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def main(args: list[str] | None = None) -> None:
   with commands.errors_as_messages():
     options = tyro.cli(Options, prog="python -m experiments.benchmark", args=args)
@@ -366,7 +360,7 @@ def main(args: list[str] | None = None) -> None:
       "training": benchmark_training,
       "loader": benchmark_loader,
     }[options.what]
-    print(to_markdown(benchmark(options)))
+    print(commands.to_markdown(benchmark(options)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.published import DataNotFound
@@ -35,3 +35,9 @@ def check_fields(options: Any, requirements: Mapping[str, tuple[bool, str]]) -> 
   for name, (holds, text) in requirements.items():
     if not holds:
       raise ValueError(f"{name}={getattr(options, name)!r} must be {text}")
+
+
+def to_markdown(rows: Sequence[dict[str, str]]) -> str:
+  """A table with the keys of the first row as its header."""
+  lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -176,14 +176,14 @@ def _describe_row(
   recipe, done = of_row(row), list(runs.values())
   return [
     f"`{row.name}`" + (f", after cycle {row.cycle}" if row.cycle else ""),
-    _different([f"{run['pruned']:,} of {run['pool']:,}" for run in done]),
+    different([f"{run['pruned']:,} of {run['pool']:,}" for run in done]),
     str(row.cycle or recipe.cycles),
     str(recipe.epochs_after(row.cycle or recipe.cycles)),
     *([_published(recipe.published)] if any_published else []),
-    _ours(done),
-    _different([run["device"] for run in done]),
+    describe_accuracy(done),
+    different([run["device"] for run in done]),
     f"{statistics.mean(run['seconds']['train'] for run in done):,.0f} s" if done else "-",
-    *(_seed(runs.get(seed)) for seed in seeds),
+    *(describe_seed(runs.get(seed)) for seed in seeds),
   ]
 
 
@@ -213,7 +213,7 @@ def _published(published: Published | None) -> str:
   return f"{published.accuracy:.2f}{spread} (n = {published.runs}{best}{time})"
 
 
-def _ours(runs: list[dict[str, Any]]) -> str:
+def describe_accuracy(runs: list[dict[str, Any]]) -> str:
   """The mean over runs, and that of runs which did not collapse where some did."""
   means = [_mean([run["test_accuracy"] for run in runs])]
   alive = [run["test_accuracy"] for run in runs if run["collapsed_in_epoch"] is None]
@@ -232,14 +232,14 @@ def _mean(values: list[float]) -> str:
   return f"{statistics.mean(values):.2f}{spread} (n = {len(values)})"
 
 
-def _seed(run: dict[str, Any] | None) -> str:
+def describe_seed(run: dict[str, Any] | None) -> str:
   if run is None:
     return "not run"
   epoch = run["collapsed_in_epoch"]
   return f"{run['test_accuracy']:.2f}" + ("" if epoch is None else f" (collapsed in epoch {epoch})")
 
 
-def _different(texts: list[str]) -> str:
+def different(texts: list[str]) -> str:
   return " / ".join(sorted(set(texts))) or "-"
 
 

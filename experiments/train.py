@@ -14,7 +14,8 @@ import json
 import os
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import tyro
@@ -25,6 +26,8 @@ from experiments.cycles import train_cycles
 from experiments.recipe import Recipe, smoke
 from experiments.recipes import RECIPES
 from experiments.run import Run
+
+Options = TypeVar("Options")
 
 DEFAULT_RECIPE = "lenet300-digits"
 _DETERMINISM_FLAG = "--xla_gpu_deterministic_ops=true"
@@ -132,7 +135,17 @@ def set_determinism(deterministic: bool) -> None:
     os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISM_FLAG}".strip()
 
 
-def main(args: list[str] | None = None) -> None:
+def parse(
+  make: Callable[[Recipe, str], Options], command: str, description: str, args: list[str] | None
+) -> Options:
+  """Reads the options of a command whose first argument is a recipe.
+
+  Args:
+    make: from a recipe and its name to the options as they are by default.
+    command: name of its module.
+    description: what it does, in a sentence.
+    args: of the command; by default those of this process.
+  """
   args = sys.argv[1:] if args is None else args
   if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
     if named := [arg for arg in args if arg in RECIPES]:
@@ -142,15 +155,19 @@ def main(args: list[str] | None = None) -> None:
     close = difflib.get_close_matches(args[0], RECIPES, n=1, cutoff=0.3)
     hint = f" Did you mean {close[0]}?" if close else ""
     sys.exit(f"Unknown recipe {args[0]}.{hint} There are:\n  " + "\n  ".join(RECIPES))
+  return tyro.extras.overridable_config_cli(
+    {name: (_describe_recipe(recipe), make(recipe, name)) for name, recipe in RECIPES.items()},
+    prog=f"python -m experiments.{command}",
+    description=f"{description} RECIPE --help shows its options. Without a recipe:"
+    f" {DEFAULT_RECIPE}.",
+    args=args,
+    config=(tyro.conf.OmitArgPrefixes,),
+  )
+
+
+def main(args: list[str] | None = None) -> None:
   with commands.errors_as_messages():
-    run = tyro.extras.overridable_config_cli(
-      {name: (_describe_recipe(recipe), Run(recipe, name)) for name, recipe in RECIPES.items()},
-      prog="python -m experiments.train",
-      description="Trains one run of a recipe. RECIPE --help shows its options. Without a recipe:"
-      f" {DEFAULT_RECIPE}.",
-      args=args,
-      config=(tyro.conf.OmitArgPrefixes,),
-    )
+    run = parse(Run, "train", "Trains one run of a recipe.", args)
     set_determinism(run.deterministic)
     train(run)
 
