@@ -1,4 +1,8 @@
-"""Checkpoints of a run: written as a whole or not at all, and checked before they are read."""
+"""Checkpoints of a run: written as a whole or not at all, and checked before they are read.
+
+Where several processes train one run, each writes and reads its parts of the arrays; process 0 does
+all else, and what it finds holds for all of them.
+"""
 
 import contextlib
 import json
@@ -10,7 +14,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from experiments import records
+from experiments import distributed, records
 
 _KEPT = 2
 _METRICS = "metrics.json"
@@ -32,16 +36,18 @@ class Checkpoints:
     """Writes the state and the metrics of all epochs until now."""
     epochs = len(metrics)
     self._manager.save(epochs, args=ocp.args.StandardSave(state))
-    folder = self._folder(epochs)
-    (folder / _METRICS).write_text(json.dumps(metrics))
-    # Last of all: without them a checkpoint is unfinished.
-    records.replace_file(folder / _CHECKSUMS, json.dumps(_checksums(folder)))
+    if distributed.is_first():
+      folder = self._folder(epochs)
+      (folder / _METRICS).write_text(json.dumps(metrics))
+      # Last of all: without them a checkpoint is unfinished.
+      records.replace_file(folder / _CHECKSUMS, json.dumps(_checksums(folder)))
 
   def restore_latest(self, like: Any) -> tuple[Any, list[dict[str, Any]]]:
     """Reads the latest checkpoint that is whole; warns of later ones, and removes them.
 
     Args:
-      like: a state of the same structure, shapes and types.
+      like: a state of the same structure, shapes and types, which lies where the result is to be:
+        on any devices of any number of processes.
 
     Returns:
       The state and the metrics of all epochs until then; (`like`, []) if no checkpoint has ever
@@ -50,30 +56,37 @@ class Checkpoints:
     Raises:
       ValueError: if there are finished checkpoints, but all are damaged.
     """
-    reasons = {}
+    damaged, metrics = distributed.from_first(self._find_whole)
+    if metrics is None:
+      self._drop(damaged, "starting anew")
+      return like, []
+    epochs = len(metrics)
+    self._drop(damaged, f"going back to {epochs}")
+    try:
+      state = self._manager.restore(epochs, args=ocp.args.StandardRestore(like))
+    except ValueError as error:
+      raise ValueError(
+        f"{self._folder(epochs)} is whole, but of something else, perhaps of an earlier version"
+        f" of this program: remove {self._manager.directory} to start anew. {error}"
+      ) from error
+    return state, metrics
+
+  def _find_whole(self) -> tuple[list[tuple[int, str]], list[dict[str, Any]] | None]:
+    """What is wrong with the latest checkpoints, and the metrics of the last one that is whole."""
+    damaged = []
     for epochs in reversed(self.epochs):
-      if reason := self._fault(epochs):
-        reasons[epochs] = reason
-        continue
-      self._drop(reasons, f"going back to {epochs}")
-      try:
-        state = self._manager.restore(epochs, args=ocp.args.StandardRestore(like))
-      except ValueError as error:
-        raise ValueError(
-          f"{self._folder(epochs)} is whole, but of something else, perhaps of an earlier version"
-          f" of this program: remove {self._manager.directory} to start anew. {error}"
-        ) from error
-      return state, json.loads((self._folder(epochs) / _METRICS).read_text())
-    if any((self._folder(epochs) / _CHECKSUMS).exists() for epochs in reasons):
+      if not (reason := self._fault(epochs)):
+        return damaged, json.loads((self._folder(epochs) / _METRICS).read_text())
+      damaged.append((epochs, reason))
+    if any((self._folder(epochs) / _CHECKSUMS).exists() for epochs, _ in damaged):
       raise ValueError(
         f"all checkpoints in {self._manager.directory} are damaged, remove the folder to start"
-        f" anew: {reasons[max(reasons)]}"
+        f" anew: {damaged[0][1]}"
       )
-    self._drop(reasons, "starting anew")
-    return like, []
+    return damaged, None
 
-  def _drop(self, reasons: dict[int, str], then: str) -> None:
-    for epochs, reason in reasons.items():
+  def _drop(self, damaged: list[tuple[int, str]], then: str) -> None:
+    for epochs, reason in damaged:
       warnings.warn(
         f"the checkpoint after {epochs} epochs is not whole, {then}: {reason}", stacklevel=3
       )

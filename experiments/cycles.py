@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 
 import sparsejax
-from experiments import checkpoints, methods, records
+from experiments import checkpoints, distributed, methods, records
 from experiments.methods import Variables
 from experiments.recipe import Recipe
 from experiments.run import Run
@@ -61,15 +61,22 @@ def train_cycles(
   """
   recipe, steps = run.recipe, trainer.steps_per_epoch
   total = recipe.total_epochs
-  # A copy, since an epoch uses up its state.
-  initial = jax.tree.map(jnp.copy, _variables(state))
+
+  def whole_variables(state):
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    # A copy, since an epoch uses up its state.
+    variables = jax.tree.map(jnp.copy, variables)
+    return distributed.place(variables, distributed.everywhere(trainer.mesh))
+
+  initial = whole_variables(state)
   first = Round(np.array(-1), methods.full_masks(initial), initial, initial)
   progress = Progress(state, first if recipe.cycles > 1 else None)
   longest = 0.0
 
   def is_late():
     # An epoch may take somewhat longer than any before, and the checkpoint takes its time too.
-    return len(metrics) < total and time.perf_counter() + 1.5 * longest > deadline
+    late = lambda: time.perf_counter() + 1.5 * longest > deadline
+    return len(metrics) < total and distributed.from_first(late)
 
   def train_cycle(ticket: Ticket) -> Mapping[int, Variables]:
     nonlocal progress, longest
@@ -80,7 +87,7 @@ def train_cycles(
     for epoch in range(ticket.step // steps + done, recipe.epochs):
       started = time.perf_counter()
       if ticket.index == 0 and 0 < epoch == recipe.rewind_epoch:
-        early = jax.tree.map(jnp.copy, _variables(progress.state))
+        early = whole_variables(progress.state)
         progress = progress._replace(last=progress.last._replace(early=early))
       state, trained = jax.block_until_ready(epoch_fn(progress.state, trainer.train))
       seconds = time.perf_counter() - started
@@ -98,7 +105,7 @@ def train_cycles(
         saved.save(progress, metrics)
         if is_late():
           raise _OutOfTime
-    trained = {recipe.epochs * steps: _variables(progress.state)}
+    trained = {recipe.epochs * steps: whole_variables(progress.state)}
     if ticket.index == 0 and recipe.rewind_epoch:
       trained[recipe.rewind_epoch * steps] = progress.last.early
     return trained
@@ -128,13 +135,12 @@ def train_cycles(
   return progress.state, metrics
 
 
-def _variables(state: TrainState) -> Variables:
-  return {"params": state.params, "batch_stats": state.batch_stats}
-
-
 @contextlib.contextmanager
 def _open_log(run: Run, metrics: list[Line]) -> Iterator[Callable[[Line], None]]:
-  """A function that writes the line of an epoch to `metrics.jsonl`, and shows it."""
+  """A function that writes the line of an epoch to `metrics.jsonl`, and shows it: in process 0."""
+  if not distributed.is_first():
+    yield lambda line: None
+    return
   path = run.folder / "metrics.jsonl"
   records.replace_file(path, "".join(json.dumps(line) + "\n" for line in metrics))
   collapsed = bool(metrics and metrics[-1]["collapsed"])
@@ -208,7 +214,9 @@ def make_line(
 
 def _describe_cycle(trainer: Trainer, state: TrainState) -> dict[str, Any]:
   """What a cycle has come to."""
-  pool = sparsejax.summary(state.params, sparsejax.get_masks(state.opt_state, state.params)).pool
+  masks = sparsejax.get_masks(state.opt_state, state.params)
+  masks = distributed.place(masks, distributed.everywhere(trainer.mesh))
+  pool = sparsejax.summary(state.params, masks).pool
   return {
     "test_accuracy": 100 * float(trainer.evaluate(state, trainer.test).accuracy),
     "pool": pool.parameters,

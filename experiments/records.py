@@ -52,14 +52,18 @@ def check_config(where: pathlib.Path, found: dict[str, Any], expected: dict[str,
 
   Published numbers are no part of a run.
   """
-  # A field that a run is older than has had its default value.
-  expected = json.loads(json.dumps(expected))
-  before, now = _DEFAULTS | _flatten(found), _DEFAULTS | _flatten(expected)
-  changed = [f"{key}={before.get(key)}" for key in before | now if before.get(key) != now.get(key)]
-  if changed:
+  if changed := find_differences(found, expected):
     raise ValueError(
       f"{where} holds a run with {', '.join(changed)}: choose another place, or remove it"
     )
+
+
+def find_differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+  """The fields of one run that another one has not, or otherwise: each as "field=value"."""
+  # A field that a run is older than has had its default value.
+  expected = json.loads(json.dumps(expected))
+  before, now = _DEFAULTS | _flatten(found), _DEFAULTS | _flatten(expected)
+  return [f"{key}={before.get(key)}" for key in before | now if before.get(key) != now.get(key)]
 
 
 def _flatten(config: dict[str, Any]) -> dict[str, Any]:

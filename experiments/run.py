@@ -8,6 +8,7 @@ from typing import Literal
 import tyro
 
 from experiments import commands
+from experiments.distributed import Distributed, parse_mesh
 from experiments.recipe import Recipe
 
 
@@ -37,6 +38,11 @@ class Run:
   smoke: bool = False
   """Whether to train only a narrow version of the network on 512 images for two epochs a
   cycle."""
+  mesh: str = ""
+  """How devices share the work, such as data=4,model=2: four parts of each batch, and two of each
+  matrix of parameters. It changes rounding alone, and a run may go on with another one. By default
+  one device does all; with --distributed, or if images are streamed, all devices share batches."""
+  distributed: Distributed = dataclasses.field(default_factory=Distributed)
 
   def __post_init__(self):
     commands.check_fields(
@@ -48,6 +54,7 @@ class Run:
         "time_limit": (self.time_limit > 0, "positive"),
       },
     )
+    parse_mesh(self.mesh)
 
   @property
   def folder(self) -> pathlib.Path:

@@ -1,19 +1,20 @@
 """Training on a stream of images: batches ahead on the devices, which share each batch.
 
-Parameters are on every device, and a step is one program over all of them; batch norm sees whole
-batches. The host decodes and crops (see `experiments.imagenet`), the devices do all else.
+A step is one program over all of them; batch norm sees whole batches. The host decodes and crops
+(see `experiments.imagenet`), the devices do all else.
 """
 
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
+from experiments import distributed
 from experiments.imagenet import Batch, Imagenet, Stream
 from experiments.learner import make_learner
 from experiments.recipe import Recipe
@@ -29,7 +30,7 @@ def make_trainer(
   seed: int,
   *,
   workers: int = 0,
-  devices: Sequence[jax.Device] | None = None,
+  mesh: Mesh | None = None,
 ) -> Trainer:
   """Prepares a run on streamed images.
 
@@ -41,26 +42,21 @@ def make_trainer(
     dataset: on what.
     seed: decides initialisation, order, crops, augmentation and dropout.
     workers: number of processes that decode images; 0: threads of this process do.
-    devices: those that share each batch, by default all of the default device's kind, those of
-      other processes included.
+    mesh: of the devices that share each batch, by default all of the default device's kind, those
+      of other processes included.
 
   Raises:
     ValueError: if the recipe does not fit the data or the devices.
   """
-  if devices is None:
-    devices = jax.devices(jnp.zeros([]).device.platform)
+  if mesh is None:
+    mesh = distributed.make_mesh("", jax.devices(jnp.zeros([]).device.platform))
+  distributed.check_batch(recipe.batch_size, mesh)
   count = recipe.train_images or dataset.train_size
   if count > dataset.train_size:
     raise ValueError(f"train_images={count} are more than there are, {dataset.train_size}")
   if not recipe.drop_last:
     raise ValueError("drop_last=False, but batches of streamed images must be full: set it to True")
-  if recipe.batch_size % len(devices):
-    raise ValueError(f"batch_size={recipe.batch_size} must be a multiple of {len(devices)} devices")
-  mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
-  everywhere, shared = (NamedSharding(mesh, PartitionSpec(*axis)) for axis in ((), ("data",)))
-  # By a program, since the devices may be of several processes.
-  replicate = jax.jit(lambda tree: tree, out_shardings=everywhere)
-  processes = sorted({device.process_index for device in devices})
+  everywhere, of_batch = distributed.everywhere(mesh), distributed.over_data(mesh)
   stream = functools.partial(
     Stream,
     dataset,
@@ -68,7 +64,7 @@ def make_trainer(
     image_size=recipe.image_size,
     seed=seed,
     workers=workers,
-    shard=(processes.index(jax.process_index()), len(processes)),
+    shard=distributed.shard_of_process(mesh),
   )
   held_out = round(recipe.validation * count)
   train = stream("train", held_out, count)
@@ -88,9 +84,10 @@ def make_trainer(
     steps_per_epoch=steps,
     key=init_key,
   )
+  of_state = distributed.over_model(learner.state, mesh)
 
   def start(variables, masks, step):
-    return replicate(learner.start(variables, masks, step))
+    return distributed.place(learner.start(variables, masks, step), of_state)
 
   def init():
     first = np.zeros([1, *image_shape], np.uint8), np.zeros([1], np.int32)
@@ -98,13 +95,13 @@ def make_trainer(
       # The same ones for all processes.
       whole = dataclasses.replace(train.first(recipe.batch_size), shard=(0, 1))
       first = next(whole.in_order())
-    return replicate(learner.init(*first))
+    return distributed.place(learner.init(*first), of_state)
 
-  on_devices = functools.partial(_put_ahead, sharding=shared)
+  on_devices = functools.partial(_put_ahead, sharding=of_batch)
   train_step = jax.jit(
-    learner.train_step,
-    in_shardings=(everywhere, shared, shared, everywhere),
-    out_shardings=everywhere,
+    distributed.on_mesh(learner.train_step, of_state, mesh),
+    in_shardings=(of_state, of_batch, of_batch, everywhere),
+    out_shardings=(of_state, everywhere),
     donate_argnums=0,
   )
   end = jax.jit(learner.end, static_argnums=2, out_shardings=everywhere)
@@ -112,7 +109,8 @@ def make_trainer(
   def make_epoch(step_fn):
     def epoch(state, train):
       number = int(state.step) // steps
-      key, sums = replicate((jax.random.fold_in(step_key, number), jnp.zeros(2)))
+      start = jax.random.fold_in(step_key, number), jnp.zeros(2)
+      key, sums = distributed.place(start, everywhere)
       for pixels, labels in on_devices(train.shuffled(number)):
         state, of_step = step_fn(state, pixels, labels, key)
         sums += of_step
@@ -125,20 +123,30 @@ def make_trainer(
     labels = jax.ShapeDtypeStruct([recipe.batch_size], jnp.int32)
     return make_epoch(train_step.lower(learner.state, pixels, labels, step_key).compile())
 
-  @functools.partial(jax.jit, in_shardings=(everywhere, shared, shared), out_shardings=everywhere)
-  def judge(state, pixels, labels):
+  @functools.partial(
+    jax.jit,
+    in_shardings=(everywhere, of_state, of_batch, of_batch),
+    out_shardings=everywhere,
+  )
+  def judge(found, state, pixels, labels):
     """The number of right answers; and the bounds of each logit, without those of the padding."""
+    correct, lowest, highest = found
+    state = distributed.constrain(state, distributed.within_programs(of_state, mesh))
     logits, real = learner.network(state)(pixels), labels[:, None] >= 0
-    correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels)
-    lowest = jnp.min(jnp.where(real, logits, jnp.inf), axis=0)
-    return correct, lowest, jnp.max(jnp.where(real, logits, -jnp.inf), axis=0)
+    return (
+      correct + jnp.sum(jnp.argmax(logits, axis=-1) == labels),
+      jnp.minimum(lowest, jnp.min(jnp.where(real, logits, jnp.inf), axis=0)),
+      jnp.maximum(highest, jnp.max(jnp.where(real, logits, -jnp.inf), axis=0)),
+    )
 
   def evaluate(state, images):
-    found = [judge(state, *batch) for batch in on_devices(images.in_order())]
-    correct, lowest, highest = (np.stack(each) for each in zip(*jax.device_get(found)))
+    # One program after the other, or processes would mix up what they send each other in two.
+    found = np.int32(0), *np.full([2, dataset.classes], [[np.inf], [-np.inf]], np.float32)
+    for batch in on_devices(images.in_order()):
+      found = judge(found, state, *batch)
+    correct, lowest, highest = jax.device_get(found)
     return Evaluation(
-      accuracy=np.float32(np.sum(correct) / images.size),
-      constant=np.all(np.min(lowest, axis=0) == np.max(highest, axis=0)),
+      accuracy=np.float32(correct / images.size), constant=np.all(lowest == highest)
     )
 
   return Trainer(
@@ -155,6 +163,7 @@ def make_trainer(
     train=train,
     held_out=stream("train", 0, held_out),
     test=stream("validation", 0, dataset.test_size),
+    mesh=mesh,
   )
 
 

@@ -6,8 +6,14 @@ Writes to the run's folder: `metrics.jsonl`, a line per epoch; checkpoints; and 
 `result.json`, `summary.txt` and `plot.png`. The same command run again resumes at the last
 checkpoint, on this machine or on another, with bit-identical results on a CPU, and on a GPU with
 --deterministic.
+
+Several processes train one run together with --distributed:
+
+    python -m experiments.train [RECIPE] --distributed --coordinator HOST:PORT --processes 4 \
+      --process I --mesh data=4,model=2
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -19,9 +25,20 @@ from typing import Any, TypeVar
 
 import jax
 import tyro
+from jax.sharding import Mesh
 
 import sparsejax
-from experiments import commands, data, imagenet, methods, plots, records, streaming, training
+from experiments import (
+  commands,
+  data,
+  distributed,
+  imagenet,
+  methods,
+  plots,
+  records,
+  streaming,
+  training,
+)
 from experiments.cycles import train_cycles
 from experiments.recipe import Recipe, smoke
 from experiments.recipes import RECIPES
@@ -41,7 +58,7 @@ def train(run: Run) -> dict[str, Any] | None:
 
   Raises:
     ValueError: if the folder holds a run with other settings, if the recipe does not fit the data,
-      or if there is no such device as is asked for.
+      if there are no such devices as are asked for, or if processes disagree.
   """
   deadline = time.perf_counter() + run.time_limit
   if run.smoke:
@@ -51,37 +68,59 @@ def train(run: Run) -> dict[str, Any] | None:
   recipe = run.recipe
   config = make_config(run)
   device = find_device(run.device)
+  distributed.check_agreement(config | _what_all_agree_on(run))
+  mesh = None
+  if run.mesh or run.distributed.enabled:
+    mesh = distributed.make_mesh(run.mesh, jax.devices(device.platform))
   provenance = records.provenance()
-  with records.open_folder(run.folder, config), jax.default_device(device):
+  with contextlib.ExitStack() as stack:
+    distributed.from_first(lambda: stack.enter_context(records.open_folder(run.folder, config)))
+    stack.enter_context(jax.default_device(device))
     path = run.folder / "result.json"
-    if path.exists():
-      result = records.read_json(path)
-      print(f"This run is finished.\n{records.describe_result(recipe, result)}")
+    result = distributed.from_first(lambda: records.read_json(path) if path.exists() else None)
+    if result is not None:
+      _say(f"This run is finished.\n{records.describe_result(recipe, result)}")
       return result
-    trainer = make_trainer(run)
+    trainer = make_trainer(run, mesh)
     compiling = time.perf_counter()
     state = jax.block_until_ready(trainer.init())
     epoch_fn = trainer.compile_epoch()
     compile_seconds = time.perf_counter() - compiling
-    records.replace_file(run.folder / "config.json", records.to_json(config))
+    if distributed.is_first():
+      records.replace_file(run.folder / "config.json", records.to_json(config))
     state, metrics = train_cycles(run, trainer, epoch_fn, state, deadline)
     if len(metrics) < recipe.total_epochs:
-      print(
+      _say(
         f"\nStopped at the time limit after {len(metrics)} of {recipe.total_epochs} epochs: the"
         " same command resumes."
       )
       return None
     summary, result = finish(run, trainer, state, metrics, compile_seconds, provenance)
-  print(f"\n{summary}\n\n{records.describe_result(recipe, result)}\nresults in {run.folder}")
+  _say(f"\n{summary}\n\n{records.describe_result(recipe, result)}\nresults in {run.folder}")
   return result
 
 
-def make_trainer(run: Run) -> training.Trainer:
+def _what_all_agree_on(run: Run) -> dict[str, Any]:
+  """The options that are no part of the config, but have to be the same in all processes."""
+  own = {"recipe", "name", "seed", "data_dir", "workers", "distributed"}
+  return {
+    field.name: getattr(run, field.name)
+    for field in dataclasses.fields(run)
+    if field.name not in own
+  }
+
+
+def _say(text: str) -> None:
+  if distributed.is_first():
+    print(text)
+
+
+def make_trainer(run: Run, mesh: Mesh | None) -> training.Trainer:
   """Prepares a run on its data, in memory or streamed."""
   dataset = data.load(run.recipe.data, run.data_dir)
   if isinstance(dataset, imagenet.Imagenet):
-    return streaming.make_trainer(run.recipe, dataset, run.seed, workers=run.workers)
-  return training.make_trainer(run.recipe, dataset, run.seed)
+    return streaming.make_trainer(run.recipe, dataset, run.seed, workers=run.workers, mesh=mesh)
+  return training.make_trainer(run.recipe, dataset, run.seed, mesh=mesh)
 
 
 def finish(
@@ -94,6 +133,7 @@ def finish(
 ) -> tuple[sparsejax.Summary, dict[str, Any]]:
   """Writes the results of a run into its folder: a summary, a picture, and `result.json`."""
   masks = methods.get_masks(run.recipe, state.opt_state, state.params)
+  masks = distributed.place(masks, distributed.everywhere(trainer.mesh))
   summary = sparsejax.summary(state.params, masks)
   result = {
     **records.make_result(
@@ -105,13 +145,20 @@ def finish(
     ),
     "deterministic": run.deterministic,
     **provenance,
+    # Of the last session.
+    "processes": jax.process_count(),
+    "mesh": trainer.mesh and dict(trainer.mesh.shape),
   }
-  (run.folder / "summary.txt").write_text(f"{summary}\n")
-  title = f"{run.name}, seed {run.seed}: {result['test_accuracy']:.2f} % test accuracy"
-  plots.plot_run(run.folder / "plot.png", title, metrics, summary)
-  # Last of all: with it a run is finished.
-  records.replace_file(run.folder / "result.json", records.to_json(result))
-  return summary, result
+
+  def write():
+    (run.folder / "summary.txt").write_text(f"{summary}\n")
+    title = f"{run.name}, seed {run.seed}: {result['test_accuracy']:.2f} % test accuracy"
+    plots.plot_run(run.folder / "plot.png", title, metrics, summary)
+    # Last of all: with it a run is finished.
+    records.replace_file(run.folder / "result.json", records.to_json(result))
+    return result
+
+  return summary, distributed.from_first(write)
 
 
 def make_config(run: Run) -> dict[str, Any]:
@@ -121,9 +168,9 @@ def make_config(run: Run) -> dict[str, Any]:
 
 
 def find_device(kind: str) -> jax.Device:
-  """The first device of a kind."""
+  """The first device of a kind that this process has."""
   try:
-    return jax.devices(None if kind == "any" else kind)[0]
+    return jax.local_devices(backend=None if kind == "any" else kind)[0]
   except (RuntimeError, AssertionError) as error:
     raise ValueError(f"device={kind} is asked for, but JAX finds none: {error}") from error
 
@@ -169,6 +216,7 @@ def main(args: list[str] | None = None) -> None:
   with commands.errors_as_messages():
     run = parse(Run, "train", "Trains one run of a recipe.", args)
     set_determinism(run.deterministic)
+    distributed.start(run.distributed)
     train(run)
 
 

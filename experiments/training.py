@@ -5,6 +5,7 @@ no memory holds are streamed instead: see `experiments.streaming`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh
 
+from experiments import distributed
 from experiments.data import Dataset
 from experiments.imagenet import Stream
 from experiments.learner import EpochMetrics, TrainState, make_learner
@@ -66,6 +69,7 @@ class Trainer:
     train: training images.
     held_out: validation images; there may be none.
     test: test images, for the end.
+    mesh: of the devices that share batches and parameters; None: all is on one device.
   """
 
   steps_per_epoch: int
@@ -81,6 +85,7 @@ class Trainer:
   train: Images | Stream
   held_out: Images | Stream
   test: Images | Stream
+  mesh: Mesh | None
 
 
 def make_trainer(
@@ -90,6 +95,7 @@ def make_trainer(
   *,
   unroll: int = 1,
   sparsities: tuple[float, ...] = (),
+  mesh: Mesh | None = None,
 ) -> Trainer:
   """Prepares a run.
 
@@ -99,11 +105,14 @@ def make_trainer(
     seed: decides initialisation, split, order, augmentation and dropout.
     unroll: so many steps of an epoch are written out in one turn of its loop.
     sparsities: that states may have, each its own, in place of the recipe's.
+    mesh: as of `distributed.make_mesh`; each device has all images, and computes with a part of
+      each batch.
 
   Raises:
-    ValueError: if there are fewer training images than are asked for or than a batch takes, or if
-      they are too small for the network.
+    ValueError: if there are fewer training images than are asked for or than a batch takes, if
+      they are too small for the network, or if a batch does not fit the mesh.
   """
+  distributed.check_batch(recipe.batch_size, mesh)
   init_key, data_key, held_out_key = jax.random.split(jax.random.key(seed), 3)
   split = np.random.default_rng(seed).permutation(len(dataset.train_labels))
   if recipe.train_images > len(split):
@@ -117,12 +126,14 @@ def make_trainer(
   full, rest = divmod(count, batch)
   rest = 0 if recipe.drop_last else rest
   steps = full + (rest > 0)
+  everywhere, of_batch = distributed.everywhere(mesh), distributed.over_data(mesh)
 
   def images(pixels, labels, key, index):
     labels = jnp.asarray(labels[index], jnp.int32)
-    return Images(pixels, jnp.asarray(index, jnp.int32), labels, key)
+    arrays = jnp.asarray(index, jnp.int32), labels, key
+    return Images(pixels, *distributed.place(arrays, everywhere))
 
-  train_pixels = jnp.asarray(dataset.train_images)
+  train_pixels = distributed.place(jnp.asarray(dataset.train_images), everywhere)
   train = images(train_pixels, dataset.train_labels, data_key, split[held_out:])
   learner = make_learner(
     recipe,
@@ -138,9 +149,16 @@ def make_trainer(
   # (https://github.com/jax-ml/jax/issues/12868), so there each step is a call from Python.
   on_cpu = all(device.platform == "cpu" for device in train.labels.devices())
   steps_are_calls = on_cpu and _has_convolutions(learner.model, learner.variables, train)
+  of_state = mesh and distributed.over_model(learner.state, mesh)
+  whole = distributed.within_programs(of_state, mesh)
+  shared_step = distributed.on_mesh(learner.train_step, of_state, mesh)
+
+  def start(variables, masks, step):
+    return distributed.place(learner.start(variables, masks, step), of_state)
 
   def init(index=0):
-    return learner.init(train.pixels[train.index[:batch]], train.labels[:batch], index)
+    first = learner.init(train.pixels[train.index[:batch]], train.labels[:batch], index)
+    return distributed.place(first, of_state)
 
   def begin(step, key):
     """The key of an epoch, and the order of its images."""
@@ -148,7 +166,7 @@ def make_trainer(
     return step_key, jax.random.permutation(order_key, count)
 
   def train_step(state, train, key, index):
-    return learner.train_step(state, train.pixels[train.index[index]], train.labels[index], key)
+    return shared_step(state, train.pixels[train.index[index]], train.labels[index], key)
 
   def end(state, sums):
     return learner.end(state, sums, full * batch + rest)
@@ -169,20 +187,24 @@ def make_trainer(
 
   def compile_epoch():
     state = learner.state
+    after_step = dict(out_shardings=(of_state, everywhere), donate_argnums=0)
     if not steps_are_calls:
-      return jax.jit(epoch, donate_argnums=0).lower(state, train).compile()
+      in_shardings = (of_state, everywhere)
+      return jax.jit(epoch, in_shardings=in_shardings, **after_step).lower(state, train).compile()
     key, order = jax.eval_shape(begin, state.step, train.key)
-    step = jax.jit(train_step, donate_argnums=0)
+    step = jax.jit(train_step, in_shardings=(of_state, *[everywhere] * 3), **after_step)
     step_of = {
       size: step.lower(state, train, key, jax.ShapeDtypeStruct([size], order.dtype)).compile()
       for size in {batch, rest} - {0}
     }
-    first = jax.jit(begin).lower(state.step, train.key).compile()
-    last = jax.jit(end).lower(state, jax.ShapeDtypeStruct([2], jnp.float32)).compile()
+    first = jax.jit(begin, in_shardings=everywhere, out_shardings=everywhere)
+    first = first.lower(state.step, train.key).compile()
+    last = jax.jit(end, in_shardings=(of_state, everywhere), out_shardings=everywhere)
+    last = last.lower(state, jax.ShapeDtypeStruct([2], jnp.float32)).compile()
 
     def epoch_of_calls(state, train):
       key, order = first(state.step, train.key)
-      sums = jnp.zeros(2)
+      sums = distributed.place(jnp.zeros(2), everywhere)
       for start in range(0, full * batch + rest, batch):
         index = order[start : min(start + batch, full * batch + rest)]
         state, of_step = step_of[index.size](state, train, key, index)
@@ -196,11 +218,12 @@ def make_trainer(
     size = images.labels.size
     batches = -(-size // 1000)
     index = jnp.pad(jnp.arange(size), (0, batches * 1000 - size)).reshape(batches, 1000)
-    network = learner.network(state)
+    network = learner.network(distributed.constrain(state, whole))
 
     def logits_of_batch(inputs):
       index, key = inputs
-      return network(augmented(key, images.pixels[images.index[index]]))
+      pixels = distributed.constrain(images.pixels[images.index[index]], of_batch)
+      return network(augmented(key, pixels))
 
     keys = jax.random.split(images.key, batches)
     out = jax.lax.map(logits_of_batch, (index, keys)).reshape(-1, dataset.classes)[:size]
@@ -209,26 +232,28 @@ def make_trainer(
       constant=jnp.all(out == out[0]),
     )
 
+  judge = functools.partial(jax.jit, out_shardings=everywhere)
   return Trainer(
     steps_per_epoch=steps,
     classes=dataset.classes,
     init=init,
-    start=learner.start,
+    start=start,
     tx=learner.tx,
     epoch=epoch,
     steps_are_calls=steps_are_calls,
     compile_epoch=compile_epoch,
-    evaluate=jax.jit(lambda state, images: evaluate(state, images, lambda key, x: x)),
+    evaluate=judge(lambda state, images: evaluate(state, images, lambda key, x: x)),
     # As published: the validation images pass through the augmentation too.
-    validate=jax.jit(lambda state, images: evaluate(state, images, learner.augment)),
+    validate=judge(lambda state, images: evaluate(state, images, learner.augment)),
     train=train,
     held_out=images(train_pixels, dataset.train_labels, held_out_key, split[:held_out]),
     test=images(
-      jnp.asarray(dataset.test_images),
+      distributed.place(jnp.asarray(dataset.test_images), everywhere),
       dataset.test_labels,
       held_out_key,
       np.arange(len(dataset.test_labels)),
     ),
+    mesh=mesh,
   )
 
 

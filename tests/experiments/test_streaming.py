@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from experiments import data, imagenet, loading, methods, streaming, train
+from experiments import data, distributed, imagenet, loading, methods, streaming, train
 from experiments import recipe as recipe_lib
 from experiments.models import MODELS, layers, resnet
 from experiments.recipes import RECIPES
@@ -281,9 +281,8 @@ def test_eight_devices_make_the_steps_of_one(tiny, prepared):
   )
   found = []
   for devices in (jax.devices()[:1], jax.devices()):
-    trainer = streaming.make_trainer(
-      recipe, data.load(imagenet.NAME, prepared), seed=0, devices=devices
-    )
+    mesh = distributed.make_mesh("", devices)
+    trainer = streaming.make_trainer(recipe, data.load(imagenet.NAME, prepared), seed=0, mesh=mesh)
     state, metrics = trainer.compile_epoch()(trainer.init(), trainer.train)
     assert len(state.step.devices()) == len(devices) in (1, 8)
     found.append((state.params, metrics, trainer.evaluate(state, trainer.test)))
@@ -313,7 +312,7 @@ def test_training_and_held_out_images_are_disjoint_and_as_many_as_asked_for(tiny
   ("changes", "message"),
   [
     ({"train_images": TRAIN + 1}, f"more than there are, {TRAIN}"),
-    ({"batch_size": 12}, "batch_size=12 must be a multiple of 8 devices"),
+    ({"batch_size": 12}, "batch_size=12 must be a multiple of 8, the data axis"),
     ({"batch_size": 48}, f"batch_size=48 must not exceed the number of training images, {TRAIN}"),
     ({"drop_last": False}, "drop_last=False, but batches"),
   ],
