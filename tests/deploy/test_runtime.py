@@ -1,0 +1,97 @@
+"""Inference without JAX: the outputs of JAX, and the faster matrix in each layer."""
+
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from sparsejax.deploy import runtime
+from sparsejax.deploy.runtime import Conv, Dense, Network, Pool, flatten, relu
+
+
+def sparse(*shape, density=0.1, seed=0):
+  rng = np.random.default_rng(seed)
+  return np.where(rng.random(shape) < density, rng.normal(size=shape), 0).astype(np.float32)
+
+
+def images(count=3):
+  return np.random.default_rng(9).random((count, 12, 11, 4), np.float32)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "fastest"])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 2), (0, 1))], ids=str)
+def test_a_convolution_is_that_of_jax(padding, strides, kind):
+  kernel, bias = sparse(3, 2, 4, 5), sparse(5, density=1)
+  expected = bias + lax.conv_general_dilated(
+    images(), kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+  network = Network([Conv(kernel, bias, relu, strides, padding)], images(1), kind=kind)
+  np.testing.assert_allclose(network(images()), jnp.maximum(expected, 0), atol=1e-5)
+
+
+@pytest.mark.parametrize("strides", [None, (1, 2)])
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("kind", ["max", "mean"])
+def test_pooling_is_that_of_jax(kind, padding, strides):
+  function, start = (lax.max, -jnp.inf) if kind == "max" else (lax.add, 0.0)
+  expected = lax.reduce_window(
+    images() - 0.5, start, function, (1, 3, 2, 1), (1, *(strides or (3, 2)), 1), padding
+  )
+  expected = expected / (6 if kind == "mean" else 1)
+  got = Pool(kind, (3, 2), strides, padding)(images() - 0.5)
+  np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "fastest"])
+def test_a_network_of_all_kinds_of_layers_is_that_of_jax_for_any_batch(kind):
+  layers = [
+    Conv(sparse(3, 3, 4, 6), activation=relu),
+    Pool("max", (2, 2)),
+    flatten,
+    Dense(sparse(180, 20, seed=1), sparse(20, density=1), relu),
+    Dense(sparse(20, 7, seed=2, density=0.5)),
+  ]
+  network = Network(layers, images(2), kind=kind)
+  for count in (1, 5):
+    x = lax.conv_general_dilated(
+      images(count), layers[0].kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    x = lax.reduce_window(jax.nn.relu(x), -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    x = jax.nn.relu(x.reshape(count, -1) @ layers[3].kernel + layers[3].bias) @ layers[4].kernel
+    np.testing.assert_allclose(network(images(count)), x, atol=1e-4)
+
+
+def test_a_very_sparse_layer_is_multiplied_as_a_sparse_one_and_a_dense_one_as_such():
+  # By far: each is many times faster than the other kind would be.
+  empty, full = sparse(1000, 1000, density=0.001), sparse(1000, 1000, density=1)
+  network = Network([Dense(empty), Dense(full)], np.ones((64, 1000), np.float32))
+  assert network.choices == ["sparse", "dense"]
+
+
+def test_a_layer_that_does_not_fit_or_has_nan_is_an_error_that_says_which():
+  with pytest.raises(ValueError, match="layer 1 takes 8 numbers, but gets 7"):
+    Network([Dense(sparse(9, 7)), Dense(sparse(8, 2))], np.ones((1, 9), np.float32))
+  with pytest.raises(ValueError, match="layer 0 has NaN"):
+    Network([Dense(np.full((2, 2), np.nan, np.float32))], np.ones((1, 2), np.float32))
+
+
+def test_the_file_runs_by_itself_without_jax(tmp_path):
+  copy = tmp_path / "runtime.py"
+  copy.write_bytes(pathlib.Path(runtime.__file__).read_bytes())
+  program = """
+    import sys
+    sys.modules["jax"] = sys.modules["sparsejax"] = None
+    import numpy as np, runtime
+    network = runtime.Network([runtime.Dense(np.eye(3))], np.ones((1, 3)))
+    print(network(np.arange(3.0)[None]).tolist())
+  """
+  command = [sys.executable, "-c", textwrap.dedent(program)]
+  done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+  assert done.stdout == "[[0.0, 1.0, 2.0]]\n"
