@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -77,21 +77,30 @@ class Summary:
       )
       for row in rows
     ]
-    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
-
-    def aligned(line):
-      left = [cell.ljust(width) for cell, width in zip(line[:2], widths[:2])]
-      right = [cell.rjust(width) for cell, width in zip(line[2:], widths[2:])]
-      return "  ".join(left + right).rstrip()
-
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    body = [aligned(line) for line in cells]
-    lines = [aligned(header), rule, *body[: len(self.layers)], rule, *body[len(self.layers) :]]
+    lines = table(header, cells[: len(self.layers)], cells[len(self.layers) :])
     if self.empty:
       lines.append(f"no active weight in {', '.join(self.empty)}")
     if self.mask_bytes is not None:
       lines.append(f"masks in the optimizer state: {self.mask_bytes:,} bytes")
     return "\n".join(lines)
+
+
+def table(
+  header: Sequence[str],
+  body: Sequence[Sequence[str]],
+  totals: Sequence[Sequence[str]],
+  left: int = 2,
+) -> list[str]:
+  """The lines of a table: a header, rows, their totals; the first `left` columns are names."""
+  widths = [max(map(len, column)) for column in zip(header, *body, *totals)]
+
+  def aligned(line):
+    cells = [cell.ljust(width) for cell, width in zip(line[:left], widths)]
+    cells += [cell.rjust(width) for cell, width in zip(line[left:], widths[left:])]
+    return "  ".join(cells).rstrip()
+
+  rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+  return [aligned(header), rule, *map(aligned, body), rule, *map(aligned, totals)]
 
 
 def summary(

@@ -1,6 +1,7 @@
-"""From trained sparse networks to smaller ones: checked, stored, and run."""
+"""From trained sparse networks to smaller ones: checked, compacted, stored, and run."""
 
+from sparsejax.deploy.compaction import Compacted, Report, Row, compact
 from sparsejax.deploy.files import load, save
 from sparsejax.deploy.final import finalize
 
-__all__ = ("finalize", "load", "save")
+__all__ = ("Compacted", "Report", "Row", "compact", "finalize", "load", "save")

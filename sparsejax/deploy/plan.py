@@ -1,0 +1,299 @@
+"""What is removed from a program, and what is done instead."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from sparsejax.deploy import rules, sites
+from sparsejax.deploy.channels import Channels, Place
+from sparsejax.deploy.contraction import Contraction, contraction_of, rule_of
+from sparsejax.deploy.dependence import find_needed, find_varying, nonzero
+from sparsejax.deploy.program import Program
+from sparsejax.deploy.sites import Indices, Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """What a contraction takes, and what the rest adds.
+
+  Attributes:
+    contraction: the contraction.
+    take: by axis of the data, the indices that it takes, of those in the original.
+    gathers: the axes of which it does not take all that is kept.
+    left: the indices of the axes of the weights that are left.
+    folded: what the constants add that are left out, or None.
+  """
+
+  contraction: Contraction
+  take: dict[int, np.ndarray]
+  gathers: tuple[int, ...]
+  left: Indices
+  folded: np.ndarray | None
+
+  @property
+  def is_empty(self) -> bool:
+    return any(not indices.size for indices in self.take.values())
+
+
+class Plan:
+  """Decides which channels of which variables are removed.
+
+  Attributes:
+    program: all equations.
+    values: of all variables, for the example.
+    sites: the equations that are computed at run time.
+    stored: the variables that do not have to be.
+  """
+
+  def __init__(self, program: Program, values: list[Any], other: Program | None):
+    """Plans for a program.
+
+    Args:
+      program: all equations.
+      values: of all variables, for some inputs.
+      other: the same for another batch size; axes that differ follow the batch. None: the program
+        is for this batch size only.
+    """
+    self.program, self.values = program, values
+    self._other = other or program
+    self.changing = sites.find_changing(program, self._other)
+    self.stored, self.sites = sites.split(program, self.changing)
+    self._contractions = [contraction_of(site) for site in self.sites]
+    self.channels = Channels()
+    self._tie()
+    sources = self.changing | (set(program.inputs) - self.stored)
+    sources |= {
+      i
+      for site in self.sites
+      for i in site.outputs
+      if not site.moving and site.equation.name == "iota" and self._batch_axes(i)
+    }
+    self.varying = find_varying(program, self.sites, values, sources, self._is_unsteady)
+    self._pin_constants()
+    self._remove()
+
+  def kept(self, place: Place) -> Indices:
+    """The indices of each axis that are kept; None for an axis of which all are."""
+    return tuple(
+      None if kept.all() else np.flatnonzero(kept)
+      for kept in (
+        self._kept[self.channels.nodes(place, axis)]
+        for axis in range(len(self.channels.shape(place)))
+      )
+    )
+
+  @functools.cached_property
+  def inputs(self) -> dict[int, Inputs]:
+    """What the contractions take, by the number of their site."""
+    return {n: self._inputs(n, c) for n, c in enumerate(self._contractions) if c is not None}
+
+  @functools.cached_property
+  def executed(self) -> tuple[int, ...]:
+    """The numbers of the sites that have to be computed."""
+    used = set(self.program.outputs)
+    numbers = []
+    for number, site in reversed(list(enumerate(self.sites))):
+      if used.isdisjoint(site.outputs) and not site.equation.has_effects:
+        continue
+      numbers.append(number)
+      if number not in self.inputs or not self.inputs[number].is_empty:
+        used.update(site.inputs[k] for k in site.moving)
+    return tuple(reversed(numbers))
+
+  @property
+  def unknown(self) -> Iterator[Site]:
+    """The sites about whose primitives nothing is known."""
+    return (self.sites[n] for n in self.executed if rule_of(self.sites[n]) is rules.UNKNOWN)
+
+  def _batch_axes(self, variable):
+    pairs = zip(self.program.shapes[variable], self._other.shapes[variable])
+    return [axis for axis, (size, other) in enumerate(pairs) if size != other]
+
+  def _tie(self):
+    """Joins what has to be kept or removed together, and pins what has to be kept."""
+    channels, shapes = self.channels, self.program.shapes
+    for variable in [*self.program.inputs, *self.changing]:
+      channels.add(variable, shapes[variable])
+    for site in self.sites:
+      for place, shape in zip(site.inputs, site.shapes_in):
+        if place not in channels:
+          channels.add(place, shape)
+      for variable in site.outputs:
+        channels.add(variable, shapes[variable])
+    for variable in {*self.program.inputs, *self.changing, *self.program.outputs} - self.stored:
+      for axis in range(len(shapes[variable])):
+        channels.pin(variable, axis)
+    for place in channels.places:
+      if isinstance(place, int):
+        for axis in self._batch_axes(place):
+          channels.pin(place, axis)
+    self._links = [()] * len(self.sites)
+    # Which axis of a reshaped array may lose indices depends on what the others say of it.
+    for number in sorted(
+      range(len(self.sites)), key=lambda n: self.sites[n].equation.name == "reshape"
+    ):
+      self._tie_site(number)
+
+  def _tie_site(self, number):
+    site, channels = self.sites[number], self.channels
+    rule = rule_of(site)
+    links = self._links[number] = tuple(rule.links(site, channels))
+    for link in links:
+      channels.join(
+        channels.nodes(site.inputs[link.operand], link.axis)[link.indices],
+        channels.nodes(site.outputs[link.output], link.output_axis)[link.output_indices],
+      )
+    free = {(link.operand, link.axis) for link in links}
+    contracted = ()
+    if site.equation.name == "dot_general":
+      contracted = list(zip(*site.equation.params["dimension_numbers"][0]))
+    elif self._contractions[number] is not None:
+      contracted = self._contractions[number].axes
+    free |= {(k, axis) for pair in contracted for k, axis in enumerate(pair)}
+    if contracted and self._contractions[number] is None:
+      for left, right in contracted:
+        channels.join(channels.nodes(site.inputs[0], left), channels.nodes(site.inputs[1], right))
+    for k, shape in enumerate(site.shapes_in):
+      for axis in range(len(shape)):
+        if (k, axis) not in free:
+          channels.pin(site.inputs[k], axis)
+    if not rule.makes_axes:
+      free = {(link.output, link.output_axis) for link in links}
+      for m, shape in enumerate(site.shapes_out):
+        for axis in range(len(shape)):
+          if (m, axis) not in free:
+            channels.pin(site.outputs[m], axis)
+
+  def _is_unsteady(self, number):
+    """Whether what does not vary with the data may vary with the batch size.
+
+    Elements that are only moved, or computed from those at their position, do not. A sum over the
+    batch does.
+    """
+    site = self.sites[number]
+    if rule_of(site).rearranges:
+      return False
+    linked = {(link.operand, link.axis) for link in self._links[number]}
+    followed = any(
+      (k, axis) not in linked for k in site.moving for axis in self._batch_axes(site.inputs[k])
+    )
+    if rule_of(site) is rules.UNKNOWN:
+      followed |= any(self._batch_axes(i) for i in site.outputs)
+    return followed
+
+  def _pin_constants(self):
+    """Pins the channels whose constants cannot be folded into what follows."""
+    for site, contraction in zip(self.sites, self._contractions):
+      if contraction is not None:
+        constants = self._constants(contraction)
+        for axis, _ in contraction.axes if constants.any() else ():
+          place = site.inputs[contraction.data]
+          self.channels.pin(place, axis, contraction.uneven(constants, axis))
+      elif site.equation.name == "dot_general":
+        left, right = (nonzero(i, self.values, self.varying) for i in site.equation.inputs)
+        for a, b in zip(*site.equation.params["dimension_numbers"][0]):
+          both = _any_along(left, a) & _any_along(right, b)
+          self.channels.pin(site.inputs[0], a, both)
+
+  def _constants(self, contraction):
+    variables = contraction.site.equation.inputs
+    data = variables[contraction.data]
+    return contraction.constants(
+      self.values[data], self.varying[data], np.asarray(self.values[variables[contraction.weights]])
+    )
+
+  def _remove(self):
+    """Decides what is kept: the smallest set that computes all that it keeps."""
+    channels = self.channels
+    pinned = self._pinned = channels.pinned()
+    alive = np.zeros_like(pinned)
+    kept, self._kept = {}, None
+    while True:
+      needed, self._reads = find_needed(self.program, self.sites, self.values, self.varying, kept)
+      for variable in self.varying:
+        matters = self.varying[variable] & needed[variable]
+        for axis in range(matters.ndim):
+          alive[channels.nodes(variable, axis)] |= _any_along(matters, axis)
+      keep = pinned | channels.with_any(alive)
+      while emptied := self._emptied(keep):
+        alive[emptied] = True
+        keep = pinned | channels.with_any(alive)
+      if self._kept is not None and np.array_equal(keep, self._kept):
+        return
+      self._kept = keep
+      kept = {i: self._mask(i) for i in self.varying}
+
+  def _emptied(self, keep):
+    """The first nodes of the axes of which nothing would be left."""
+    firsts = []
+    for variable in self.varying:
+      for axis in range(len(self.program.shapes[variable])):
+        nodes = self.channels.nodes(variable, axis)
+        if nodes.size and not keep[nodes].any():
+          firsts.append(nodes[0])
+    return firsts
+
+  def _mask(self, variable):
+    """Which elements of a variable are kept."""
+    shape = self.program.shapes[variable]
+    kept = (self._kept[self.channels.nodes(variable, axis)] for axis in range(len(shape)))
+    return functools.reduce(
+      lambda mask, pair: mask & _along(pair[1], pair[0], len(shape)),
+      enumerate(kept),
+      np.ones(shape, bool),
+    )
+
+  def _inputs(self, number, contraction):
+    site, data = contraction.site, contraction.data
+    variables = site.equation.inputs
+    varying, constants = self.varying[variables[data]], self._constants(contraction)
+    matters = varying & self._reads[number, data]
+    left = list(self.kept(site.inputs[contraction.weights]))
+    for _, axis in contraction.axes:
+      left[axis] = None
+    take, gathers = {}, []
+    for axis, _ in contraction.axes:
+      nodes = self.channels.nodes(site.inputs[data], axis)
+      kept = self._kept[nodes]
+      wanted = kept & (_any_along(matters, axis) | contraction.uneven(constants, axis))
+      count, dropped = wanted.sum(), kept.sum() - wanted.sum()
+      each = math.prod(sites.cut(site.shapes_in[contraction.weights], left)) // kept.size
+      may_shrink = not self._pinned[nodes].all()
+      if count and (dropped * each <= count or (may_shrink and 4 * dropped < kept.sum())):
+        wanted = kept
+      elif dropped:
+        gathers.append(axis)
+      take[axis] = np.flatnonzero(wanted)
+    taken = np.ones(constants.shape, bool)
+    for axis, indices in take.items():
+      taken &= _along(np.isin(np.arange(taken.shape[axis]), indices), axis, taken.ndim)
+    folded = self._fold(contraction, np.where(taken, 0, constants), left)
+    for axis, other in contraction.axes:
+      if take[axis].size < taken.shape[axis]:
+        left[other] = take[axis]
+    return Inputs(contraction, take, tuple(gathers), tuple(left), folded)
+
+  def _fold(self, contraction, constants, left):
+    if not constants.any():
+      return None
+    variable = contraction.site.equation.inputs[contraction.weights]
+    weights = np.asarray(self.values[variable])
+    for axis, indices in enumerate(left):
+      if indices is not None:
+        weights = np.take(weights, indices, axis)
+    folded = contraction.fold(contraction.first(constants), weights)
+    return folded if folded.any() else None
+
+
+def _any_along(marks, axis):
+  """For each index of an axis whether there is a mark."""
+  return marks.any(axis=tuple(a for a in range(marks.ndim) if a != axis))
+
+
+def _along(marks, axis, ndim):
+  """Marks of an axis, with the rank of the array."""
+  return marks.reshape([-1 if a == axis else 1 for a in range(ndim)])

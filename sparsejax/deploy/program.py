@@ -1,0 +1,156 @@
+"""A JAX function as a flat list of equations, in which calls of other functions are written out."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from sparsejax.masks import PyTree
+
+Shape = tuple[int, ...]
+
+# What a call computes is what the function computes that it calls.
+_CALLS = {
+  "checkpoint",
+  "closed_call",
+  "core_call",
+  "custom_jvp_call",
+  "custom_vjp_call",
+  "custom_vjp_call_jaxpr",
+  "jit",
+  "pjit",
+  "remat",
+  "remat2",
+}
+_CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+@dataclasses.dataclass(frozen=True)
+class Equation:
+  """An application of a primitive.
+
+  Attributes:
+    primitive: of JAX.
+    params: its static arguments.
+    inputs: the numbers of the variables that it reads.
+    outputs: those that it makes.
+    has_effects: whether it does more than compute its outputs, such as printing.
+  """
+
+  primitive: Any
+  params: dict[str, Any]
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
+  has_effects: bool
+
+  @property
+  def name(self) -> str:
+    return self.primitive.name
+
+  def bind(self, *operands: Any, **changes: Any) -> list[Any]:
+    """Applies the primitive, with some of its static arguments changed; a list of outputs."""
+    params = self.primitive.get_bind_params(self.params | changes)
+    outputs = self.primitive.bind(*operands, **params)
+    return list(outputs) if self.primitive.multiple_results else [outputs]
+
+
+@dataclasses.dataclass
+class Program:
+  """Equations over numbered variables. The same function has the same numbers in every trace.
+
+  Attributes:
+    equations: in an order in which they can be computed.
+    shapes: of every variable.
+    dtypes: of every variable.
+    params: the variables of the leaves of the parameters.
+    inputs: the variables of the leaves of the inputs.
+    outputs: the variables of the leaves of the result.
+    literals: the values of variables that are scalars written in the function.
+    captured: the values of arrays that the function closes over.
+    structure: of the result.
+  """
+
+  equations: list[Equation]
+  shapes: list[Shape]
+  dtypes: list[Any]
+  params: list[int]
+  inputs: list[int]
+  outputs: list[int]
+  literals: dict[int, Any]
+  captured: dict[int, Any]
+  structure: Any
+
+  def same_as(self, other: "Program") -> bool:
+    """Whether the other program applies the same primitives to the same variables."""
+
+    def signature(program):
+      return [(e.name, e.inputs, e.outputs) for e in program.equations], program.outputs
+
+    return signature(self) == signature(other)
+
+
+def trace(apply_fn: Callable[..., Any], params: PyTree, inputs: tuple[Any, ...]) -> Program:
+  """The program of `apply_fn(params, *inputs)`, for arrays or their `jax.ShapeDtypeStruct`."""
+  closed, shape = jax.make_jaxpr(apply_fn, return_shape=True)(params, *inputs)
+  program = Program([], [], [], [], [], [], {}, {}, jax.tree.structure(shape))
+  captured = [_new(program, x) for x in closed.jaxpr.constvars]
+  program.captured = dict(zip(captured, closed.consts))
+  arguments = [_new(program, x) for x in closed.jaxpr.invars]
+  count = len(jax.tree.leaves(params))
+  program.params, program.inputs = arguments[:count], arguments[count:]
+  program.outputs = _write_out(program, closed.jaxpr, captured + arguments)
+  return program
+
+
+def _new(program: Program, variable: Any) -> int:
+  program.shapes.append(tuple(variable.aval.shape))
+  program.dtypes.append(variable.aval.dtype)
+  return len(program.shapes) - 1
+
+
+def _write_out(program: Program, jaxpr: Any, arguments: list[int]) -> list[int]:
+  """Appends the equations of a jaxpr; the variables of its outputs."""
+  number = dict(zip([*jaxpr.constvars, *jaxpr.invars], arguments))
+
+  def read(atom):
+    if not isinstance(atom, core.Literal):
+      return number[atom]
+    literal = _new(program, atom)
+    program.literals[literal] = atom.val
+    return literal
+
+  for eqn in jaxpr.eqns:
+    inputs = [read(atom) for atom in eqn.invars]
+    if eqn.primitive.name in _CALLS:
+      called = next(eqn.params[key] for key in _CALLED if key in eqn.params)
+      constants = []
+      if isinstance(called, core.ClosedJaxpr):
+        constants = [_new(program, x) for x in called.jaxpr.constvars]
+        program.captured |= zip(constants, called.consts)
+        called = called.jaxpr
+      outputs = _write_out(program, called, constants + inputs)
+    else:
+      outputs = [_new(program, x) for x in eqn.outvars]
+      program.equations.append(
+        Equation(eqn.primitive, eqn.params, tuple(inputs), tuple(outputs), bool(eqn.effects))
+      )
+    number.update(zip(eqn.outvars, outputs))
+  return [read(atom) for atom in jaxpr.outvars]
+
+
+def evaluate(program: Program, params: list[Any], inputs: list[Any]) -> list[Any]:
+  """The values of all variables."""
+  values: list[Any] = [None] * len(program.shapes)
+
+  def write(variables: Iterator[int] | list[int], new: list[Any]) -> None:
+    for variable, value in zip(variables, new):
+      values[variable] = value
+
+  write(program.params + program.inputs, params + inputs)
+  for known in (program.literals, program.captured):
+    write(list(known), list(known.values()))
+  for equation in program.equations:
+    write(equation.outputs, equation.bind(*(values[i] for i in equation.inputs)))
+  return values
