@@ -69,8 +69,8 @@ def compact(apply_fn: Callable[..., Any], params: PyTree, example_inputs: Any) -
   """
   inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
   params, inputs = _arrays(params), jax.tree.map(jnp.asarray, inputs)
-  program = _trace(apply_fn, params, inputs)
-  inputs, program, other, batched = _with_batch(apply_fn, params, inputs, program)
+  given = _trace(apply_fn, params, inputs)
+  inputs, program, other, batched = _with_batch(apply_fn, params, inputs, given)
   values = programs.evaluate(program, jax.tree.leaves(params), jax.tree.leaves(inputs))
   names = list(masks_lib.leaves_by_name(params))
   plan = Plan(program, values, other)
@@ -92,6 +92,7 @@ def compact(apply_fn: Callable[..., Any], params: PyTree, example_inputs: Any) -
     program,
     steps,
     outputs,
+    None if given.same_as(program) else plan.example_axes(),
   )
 
 
@@ -102,7 +103,7 @@ def _arrays(params):
     name = masks_lib.path_name(path)
     try:
       array = jnp.asarray(leaf)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
       raise ValueError(f"{name!r} is no array: {error}") from error
     if jnp.issubdtype(array.dtype, jnp.inexact) and not jnp.all(jnp.isfinite(array)):
       what = "NaN" if jnp.any(jnp.isnan(array)) else "infinite"

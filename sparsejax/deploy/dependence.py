@@ -1,6 +1,6 @@
 """What varies with the inputs, and what the outputs need, element by element."""
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ def find_varying(
   program: Program,
   sites: Sequence[Site],
   values: Sequence[Any],
-  sources: Container[int],
+  sources: Marks,
   unsteady: Callable[[int], bool],
 ) -> Marks:
   """Where variables may depend on the inputs.
@@ -27,14 +27,14 @@ def find_varying(
     program: all equations.
     sites: those that are computed at run time.
     values: of all variables, for some inputs.
-    sources: the variables that vary as a whole.
+    sources: where inputs, and what else does not depend on other variables, vary.
     unsteady: whether the outputs of the site of a number vary even if its operands do not.
 
   Returns:
     The marks of all variables that are computed at run time. What is not marked has the same value
     for all inputs, and that is finite.
   """
-  varying = {i: np.ones(program.shapes[i], bool) for i in sources}
+  varying = dict(sources)
   for number, site in enumerate(sites):
     moving = [varying[site.inputs[k]] for k in site.moving]
     shapes = [program.shapes[i] for i in site.outputs]
@@ -48,7 +48,7 @@ def find_varying(
     for i, mark in zip(site.outputs, found):
       if jnp.issubdtype(program.dtypes[i], jnp.inexact):
         mark = mark | ~np.isfinite(np.asarray(values[i]))
-      varying[i] = mark
+      varying[i] = mark | varying.get(i, False)
   return varying
 
 

@@ -1,9 +1,13 @@
 """Which indices of the operands and outputs of a primitive belong together."""
 
 import math
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import numpy as np
+
+from sparsejax.deploy.channels import Channels
+from sparsejax.deploy.sites import Site
 
 
 class Link(NamedTuple):
@@ -22,12 +26,12 @@ def whole(operand: int, axis: int, size: int, output: int, output_axis: int) -> 
   return Link(operand, axis, np.arange(size), output, output_axis, np.arange(size))
 
 
-def none(site, channels):
+def none(site: Site, channels: Channels) -> Iterator[Link]:
   del site, channels
   return iter(())
 
 
-def same_axes(site, channels, skip=()):
+def same_axes(site: Site, channels: Channels, skip: Collection[int] = ()) -> Iterator[Link]:
   del channels
   shape = site.shapes_out[0]
   for k, operand in enumerate(site.shapes_in):
@@ -36,13 +40,13 @@ def same_axes(site, channels, skip=()):
         yield whole(k, axis, size, 0, axis)
 
 
-def permuted(site, channels):
+def permuted(site: Site, channels: Channels) -> Iterator[Link]:
   del channels
   for axis, source in enumerate(site.equation.params["permutation"]):
     yield whole(0, source, site.shapes_in[0][source], 0, axis)
 
 
-def remaining(site, channels):
+def remaining(site: Site, channels: Channels) -> Iterator[Link]:
   """The axes that are not dropped, in their order."""
   del channels
   params = site.equation.params
@@ -52,7 +56,7 @@ def remaining(site, channels):
     yield whole(0, source, site.shapes_in[0][source], 0, axis)
 
 
-def broadcast(site, channels):
+def broadcast(site: Site, channels: Channels) -> Iterator[Link]:
   del channels
   for source, axis in enumerate(site.equation.params["broadcast_dimensions"]):
     size = site.shapes_in[0][source]
@@ -60,7 +64,7 @@ def broadcast(site, channels):
       yield whole(0, source, size, 0, axis)
 
 
-def unwindowed(site, channels):
+def unwindowed(site: Site, channels: Channels) -> Iterator[Link]:
   params = site.equation.params
   windowed = [
     axis
@@ -74,7 +78,7 @@ def unwindowed(site, channels):
   return same_axes(site, channels, windowed)
 
 
-def concatenated(site, channels):
+def concatenated(site: Site, channels: Channels) -> Iterator[Link]:
   axis, start = site.equation.params["dimension"], 0
   yield from same_axes(site, channels, skip=(axis,))
   for k, shape in enumerate(site.shapes_in):
@@ -82,7 +86,7 @@ def concatenated(site, channels):
     start += shape[axis]
 
 
-def parts(site, channels):
+def parts(site: Site, channels: Channels) -> Iterator[Link]:
   axis, start = site.equation.params["axis"], 0
   for m, shape in enumerate(site.shapes_out):
     for a, size in enumerate(shape):
@@ -93,7 +97,37 @@ def parts(site, channels):
     start += shape[axis]
 
 
-def padded(site, channels):
+def stacked(site: Site, channels: Channels) -> Iterator[Link]:
+  """All axes but that of the operands' numbers."""
+  del channels
+  new = site.equation.params["axis"]
+  for k, shape in enumerate(site.shapes_in):
+    for axis, size in enumerate(shape):
+      yield whole(k, axis, size, 0, axis + (axis >= new))
+
+
+def unstacked(site: Site, channels: Channels) -> Iterator[Link]:
+  del channels
+  gone = site.equation.params["axis"]
+  for m, shape in enumerate(site.shapes_out):
+    for axis, size in enumerate(shape):
+      yield whole(0, axis + (axis >= gone), size, m, axis)
+
+
+def tiled(site: Site, channels: Channels) -> Iterator[Link]:
+  del channels
+  for axis, (size, times) in enumerate(zip(site.shapes_in[0], site.equation.params["reps"])):
+    yield Link(0, axis, np.tile(np.arange(size), times), 0, axis, np.arange(size * times))
+
+
+def reversed_axes(site: Site, channels: Channels) -> Iterator[Link]:
+  del channels
+  for axis, size in enumerate(site.shapes_in[0]):
+    step = -1 if axis in site.equation.params["dimensions"] else 1
+    yield Link(0, axis, np.arange(size), 0, axis, np.arange(size)[::step])
+
+
+def padded(site: Site, channels: Channels) -> Iterator[Link]:
   del channels
   for axis, (low, high, interior) in enumerate(site.equation.params["padding_config"]):
     if min(low, high) >= 0 and not interior:
@@ -101,7 +135,7 @@ def padded(site, channels):
       yield Link(0, axis, np.arange(size), 0, axis, low + np.arange(size))
 
 
-def sliced(site, channels):
+def sliced(site: Site, channels: Channels) -> Iterator[Link]:
   del channels
   params = site.equation.params
   strides = params["strides"] or (1,) * len(site.shapes_out[0])
@@ -111,7 +145,7 @@ def sliced(site, channels):
       yield Link(0, axis, start + np.arange(size), 0, axis, np.arange(size))
 
 
-def reshaped(site, channels):
+def reshaped(site: Site, channels: Channels) -> Iterator[Link]:
   """An axis that stays; or axes that are merged or split, of which one may lose indices.
 
   That is the one that is not pinned yet, or else the last.

@@ -64,10 +64,11 @@ def _resize_slice(site, kept, shapes):
 
 
 _ELEMENTWISE = (
-  "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type"
-  " copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow"
-  " is_finite le lgamma log log1p logistic lt max min ne neg nextafter not or pow reduce_precision"
-  " rem round rsqrt sign sin sinh sqrt square sub tan tanh xor"
+  "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp"
+  " convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor"
+  " ge gt integer_pow is_finite le lgamma log log1p logistic lt max min name ne neg nextafter not"
+  " or pow reduce_precision rem round rsqrt sign sin sinh sqrt square stop_gradient sub tan tanh"
+  " xor"
 )
 _REDUCTIONS = (
   "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor"
@@ -91,9 +92,13 @@ RULES = {
   "mul": _SAME._replace(surrogate=surrogates.bilinear),
   "pad": _MOVED._replace(links=links.padded, resize=_resize_padding),
   "reshape": _MOVED._replace(links=links.reshaped, resize=_new_shape("new_sizes")),
+  "rev": _MOVED._replace(links=links.reversed_axes),
   "select_n": _SAME._replace(surrogate=surrogates.selected),
   "slice": _MOVED._replace(links=links.sliced, resize=_resize_slice),
   "split": _MOVED._replace(links=links.parts, resize=_resize_parts),
+  "stack": _MOVED._replace(links=links.stacked),
   "squeeze": _MOVED._replace(links=links.remaining),
+  "tile": _MOVED._replace(links=links.tiled),
   "transpose": _MOVED._replace(links=links.permuted),
+  "unstack": _MOVED._replace(links=links.unstacked),
 }

@@ -11,18 +11,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparsejax.deploy.sites import Site
+
 Operands = Callable[[int], Any]
 Surrogate = Callable[..., list[jax.Array]]
 
 
-def any_operand(site, nonzero, values):
+def any_operand(site: Site, nonzero: Operands, values: Operands) -> Surrogate:
   """An element depends on the elements of the operands at its position."""
   del nonzero, values
   shape = site.shapes_out[0]
   return lambda *xs: [sum(jnp.broadcast_to(x, shape) for x in xs)]
 
 
-def bilinear(site, nonzero, values):
+def bilinear(site: Site, nonzero: Operands, values: Operands) -> Surrogate:
   """A product of two operands does not depend on one where the other is zero."""
   del values
   changes = {"preferred_element_type": None} if site.equation.name != "mul" else {}
@@ -37,7 +39,7 @@ def bilinear(site, nonzero, values):
   return surrogate
 
 
-def itself(site, nonzero, values):
+def itself(site: Site, nonzero: Operands, values: Operands) -> Surrogate:
   """A primitive that only moves or adds elements is its own surrogate."""
   del nonzero, values
 
@@ -50,7 +52,7 @@ def itself(site, nonzero, values):
   return surrogate
 
 
-def selected(site, nonzero, values):
+def selected(site: Site, nonzero: Operands, values: Operands) -> Surrogate:
   if 0 in site.moving:
     return any_operand(site, nonzero, values)
 
@@ -63,19 +65,19 @@ def selected(site, nonzero, values):
   return surrogate
 
 
-def reduced(site, nonzero, values):
+def reduced(site: Site, nonzero: Operands, values: Operands) -> Surrogate:
   del nonzero, values
   return lambda x: [jnp.sum(x, axis=site.equation.params["axes"])]
 
 
-def windows(site, nonzero, values):
+def windows(site: Site, nonzero: Operands, values: Operands) -> Surrogate:
   del nonzero, values
   params = site.equation.params
   keys = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
   return lambda x: [jax.lax.reduce_window(x, 0.0, jax.lax.add, *(params[key] for key in keys))]
 
 
-def everything(site, nonzero, values):
+def everything(site: Site, nonzero: Operands, values: Operands) -> Surrogate:
   """Every element of the outputs depends on every element of the operands."""
   del nonzero, values
   return lambda *xs: [
