@@ -105,8 +105,8 @@ def _arrays(params):
       array = jnp.asarray(leaf)
     except (TypeError, ValueError) as error:
       raise ValueError(f"{name!r} is no array: {error}") from error
-    if jnp.issubdtype(array.dtype, jnp.inexact) and not jnp.all(jnp.isfinite(array)):
-      what = "NaN" if jnp.any(jnp.isnan(array)) else "infinite"
+    if jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(np.asarray(array)).all():
+      what = "NaN" if np.isnan(np.asarray(array)).any() else "infinite"
       raise ValueError(
         f"{name!r} has weights that are {what}: what they are multiplied with cannot be removed."
       )

@@ -43,7 +43,7 @@ def find_varying(
     elif not any(mark.any() for mark in moving):
       found = [np.zeros(shape, bool) for shape in shapes]
     else:
-      outputs = _surrogate(site, values, varying)(*(jnp.float32(mark) for mark in moving))
+      outputs = _surrogate(site, values, varying)(*(np.float32(mark) for mark in moving))
       found = [np.asarray(output) > 0 for output in outputs]
     for i, mark in zip(site.outputs, found):
       if jnp.issubdtype(program.dtypes[i], jnp.inexact):
@@ -92,7 +92,7 @@ def find_needed(
     else:
       like = [jax.ShapeDtypeStruct(program.shapes[i], jnp.float32) for i in operands]
       transposed = jax.linear_transpose(_surrogate(site, values, varying), *like)
-      marks = [np.asarray(x) > 0 for x in transposed([jnp.float32(seed) for seed in seeds])]
+      marks = [np.asarray(x) > 0 for x in transposed([np.float32(seed) for seed in seeds])]
     for k, i, mark in zip(site.moving, operands, marks):
       reads[number, k] = mark
       needed[i] |= mark
@@ -108,6 +108,6 @@ def _surrogate(site: Site, values: Sequence[Any], varying: Marks):
   variables = site.equation.inputs
   return rule_of(site).surrogate(
     site,
-    lambda k: jnp.float32(nonzero(variables[k], values, varying)),
+    lambda k: np.float32(nonzero(variables[k], values, varying)),
     lambda k: values[variables[k]],
   )

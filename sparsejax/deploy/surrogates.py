@@ -5,11 +5,14 @@ wherever the output may depend on an input that is one. Run forward it says what
 data, transposed it says what is needed. It has one argument for each operand that is not stored.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsejax.deploy.sites import Site
 
@@ -21,7 +24,7 @@ def any_operand(site: Site, nonzero: Operands, values: Operands) -> Surrogate:
   """An element depends on the elements of the operands at its position."""
   del nonzero, values
   shape = site.shapes_out[0]
-  return lambda *xs: [sum(jnp.broadcast_to(x, shape) for x in xs)]
+  return lambda *xs: [functools.reduce(operator.add, (jnp.broadcast_to(x, shape) for x in xs))]
 
 
 def bilinear(site: Site, nonzero: Operands, values: Operands) -> Surrogate:
@@ -30,11 +33,11 @@ def bilinear(site: Site, nonzero: Operands, values: Operands) -> Surrogate:
   changes = {"preferred_element_type": None} if site.equation.name != "mul" else {}
 
   def surrogate(*xs):
-    total = jnp.zeros(site.shapes_out[0])
-    for k, x in zip(site.moving, xs):
-      operands = [x if i == k else nonzero(i) for i in range(2)]
-      total += site.equation.bind(*operands, **changes)[0]
-    return [total]
+    terms = [
+      site.equation.bind(*(x if i == k else nonzero(i) for i in range(2)), **changes)[0]
+      for k, x in zip(site.moving, xs)
+    ]
+    return [functools.reduce(operator.add, terms)]
 
   return surrogate
 
@@ -44,7 +47,7 @@ def itself(site: Site, nonzero: Operands, values: Operands) -> Surrogate:
   del nonzero, values
 
   def surrogate(*xs):
-    operands = [jnp.zeros(shape) for shape in site.shapes_in]
+    operands = [np.zeros(shape, np.float32) for shape in site.shapes_in]
     for k, x in zip(site.moving, xs):
       operands[k] = x
     return site.equation.bind(*operands)
@@ -57,7 +60,7 @@ def selected(site: Site, nonzero: Operands, values: Operands) -> Surrogate:
     return any_operand(site, nonzero, values)
 
   def surrogate(*xs):
-    operands = [jnp.zeros(shape) for shape in site.shapes_in]
+    operands = [np.zeros(shape, np.float32) for shape in site.shapes_in]
     for k, x in zip(site.moving, xs):
       operands[k] = x
     return site.equation.bind(values(0), *operands[1:])

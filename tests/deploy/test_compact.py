@@ -22,7 +22,7 @@ def random_weights(*shape, seed=0):
   return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
 
 
-def check_equal(apply, params, *inputs, compacted=None, batches=(1, 3)):
+def check_equal(apply, params, *inputs, compacted=None, batches=(3,)):
   """Compacts, and compares the outputs for batches of random inputs like the given ones."""
   compacted = compacted or deploy.compact(apply, params, inputs)
   for batch in batches:
@@ -368,7 +368,7 @@ LAYERS = {
   density=st.sampled_from([0.1, 0.3, 0.6]),
   seed=st.integers(0, 1000),
 )
-@hypothesis.settings(max_examples=25)
+@hypothesis.settings(max_examples=15)
 def test_random_networks_with_random_masks_keep_their_outputs(layers, density, seed):
   generator = np.random.default_rng(seed)
   shape = (len(layers) + 2, 6, 6)
