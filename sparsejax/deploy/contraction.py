@@ -106,7 +106,7 @@ class Contraction:
 
   def constants(self, value: Any, varying: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """What the data that does not vary may add: zero where it varies or no weight reads it."""
-    constants = np.where(varying, 0, np.asarray(value, np.float64))
+    constants = np.where(varying, 0, _precise(value))
     for axis, other in self.axes:
       read = np.any(weights != 0, axis=_all_but(weights.ndim, other))
       constants = constants * np.expand_dims(read, _all_but(constants.ndim, axis))
@@ -134,7 +134,7 @@ class Contraction:
       An array to be added to the output, which broadcasts to it; or, for a convolution with
       padding, a kernel with one input, whose convolution with ones is to be added.
     """
-    weights = weights.astype(np.float64)
+    weights = _precise(weights)
     if not self.is_conv:
       return self._dot(constants, weights)
     numbers = self.site.equation.params["dimension_numbers"]
@@ -205,6 +205,11 @@ def contraction_of(site: Site) -> Contraction | None:
   used = (*contracted[data], *batch[data])
   alike = tuple(axis for axis in range(len(site.shapes_in[data])) if axis not in used)
   return Contraction(site, data, tuple(zip(contracted[data], contracted[1 - data])), alike)
+
+
+def _precise(x: Any) -> np.ndarray:
+  x = np.asarray(x)
+  return x.astype(np.result_type(x.dtype, np.float64))
 
 
 def _all_but(ndim: int, axis: int) -> tuple[int, ...]:

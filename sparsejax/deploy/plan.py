@@ -1,8 +1,6 @@
 """What is removed from a program, and what is done instead."""
 
-import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,33 +8,11 @@ import numpy as np
 
 from sparsejax.deploy import rules, sites
 from sparsejax.deploy.channels import Channels, Place
-from sparsejax.deploy.contraction import Contraction, contraction_of, rule_of
+from sparsejax.deploy.contraction import contraction_of, rule_of
 from sparsejax.deploy.dependence import find_needed, find_varying, nonzero
+from sparsejax.deploy.intake import Inputs, along, any_along, choose_inputs
 from sparsejax.deploy.program import Program
 from sparsejax.deploy.sites import Indices, Site
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-  """What a contraction takes, and what the rest adds.
-
-  Attributes:
-    contraction: the contraction.
-    take: by axis of the data, the indices that it takes, of those in the original.
-    gathers: the axes of which it does not take all that is kept.
-    left: the indices of the axes of the weights that are left.
-    folded: what the constants add that are left out, or None.
-  """
-
-  contraction: Contraction
-  take: dict[int, np.ndarray]
-  gathers: tuple[int, ...]
-  left: Indices
-  folded: np.ndarray | None
-
-  @property
-  def is_empty(self) -> bool:
-    return any(not indices.size for indices in self.take.values())
 
 
 class Plan:
@@ -172,14 +148,13 @@ class Plan:
         channels.nodes(site.outputs[link.output], link.output_axis)[link.output_indices],
       )
     free = {(link.operand, link.axis) for link in links}
-    contracted = ()
-    if site.equation.name == "dot_general":
-      contracted = list(zip(*site.equation.params["dimension_numbers"][0]))
-    elif self._contractions[number] is not None:
-      contracted = self._contractions[number].axes
-    free |= {(k, axis) for pair in contracted for k, axis in enumerate(pair)}
-    if contracted and self._contractions[number] is None:
-      for left, right in contracted:
+    contraction = self._contractions[number]
+    if contraction is not None:
+      for axis, other in contraction.axes:
+        free |= {(contraction.data, axis), (contraction.weights, other)}
+    elif site.equation.name == "dot_general":
+      for left, right in zip(*site.equation.params["dimension_numbers"][0]):
+        free |= {(0, left), (1, right)}
         channels.join(channels.nodes(site.inputs[0], left), channels.nodes(site.inputs[1], right))
     for k, shape in enumerate(site.shapes_in):
       for axis in range(len(shape)):
@@ -220,7 +195,7 @@ class Plan:
       elif site.equation.name == "dot_general":
         left, right = (nonzero(i, self.values, self.varying) for i in site.equation.inputs)
         for a, b in zip(*site.equation.params["dimension_numbers"][0]):
-          both = _any_along(left, a) & _any_along(right, b)
+          both = any_along(left, a) & any_along(right, b)
           self.channels.pin(site.inputs[0], a, both)
 
   def _constants(self, contraction):
@@ -241,7 +216,7 @@ class Plan:
       for variable in self.varying:
         matters = self.varying[variable] & needed[variable]
         for axis in range(matters.ndim):
-          alive[channels.nodes(variable, axis)] |= _any_along(matters, axis)
+          alive[channels.nodes(variable, axis)] |= any_along(matters, axis)
       keep = pinned | channels.with_any(alive)
       while emptied := self._emptied(keep):
         alive[emptied] = True
@@ -266,7 +241,7 @@ class Plan:
     shape = self.program.shapes[variable]
     kept = (self._kept[self.channels.nodes(variable, axis)] for axis in range(len(shape)))
     return functools.reduce(
-      lambda mask, pair: mask & _along(pair[1], pair[0], len(shape)),
+      lambda mask, pair: mask & along(pair[1], pair[0], len(shape)),
       enumerate(kept),
       np.ones(shape, bool),
     )
@@ -274,50 +249,13 @@ class Plan:
   def _inputs(self, number, contraction):
     site, data = contraction.site, contraction.data
     variables = site.equation.inputs
-    varying, constants = self.varying[variables[data]], self._constants(contraction)
-    matters = varying & self._reads[number, data]
-    left = list(self.kept(site.inputs[contraction.weights]))
-    for _, axis in contraction.axes:
-      left[axis] = None
-    take, gathers = {}, []
-    for axis, _ in contraction.axes:
-      nodes = self.channels.nodes(site.inputs[data], axis)
-      kept = self._kept[nodes]
-      wanted = kept & (_any_along(matters, axis) | contraction.uneven(constants, axis))
-      count, dropped = wanted.sum(), kept.sum() - wanted.sum()
-      each = math.prod(sites.cut(site.shapes_in[contraction.weights], left)) // kept.size
-      may_shrink = not self._pinned[nodes].all()
-      if count and (dropped * each <= count or (may_shrink and 4 * dropped < kept.sum())):
-        wanted = kept
-      elif dropped:
-        gathers.append(axis)
-      take[axis] = np.flatnonzero(wanted)
-    taken = np.ones(constants.shape, bool)
-    for axis, indices in take.items():
-      taken &= _along(np.isin(np.arange(taken.shape[axis]), indices), axis, taken.ndim)
-    folded = self._fold(contraction, np.where(taken, 0, constants), left)
-    for axis, other in contraction.axes:
-      if take[axis].size < taken.shape[axis]:
-        left[other] = take[axis]
-    return Inputs(contraction, take, tuple(gathers), tuple(left), folded)
-
-  def _fold(self, contraction, constants, left):
-    if not constants.any():
-      return None
-    variable = contraction.site.equation.inputs[contraction.weights]
-    weights = np.asarray(self.values[variable])
-    for axis, indices in enumerate(left):
-      if indices is not None:
-        weights = np.take(weights, indices, axis)
-    folded = contraction.fold(contraction.first(constants), weights)
-    return folded if folded.any() else None
-
-
-def _any_along(marks, axis):
-  """For each index of an axis whether there is a mark."""
-  return marks.any(axis=tuple(a for a in range(marks.ndim) if a != axis))
-
-
-def _along(marks, axis, ndim):
-  """Marks of an axis, with the rank of the array."""
-  return marks.reshape([-1 if a == axis else 1 for a in range(ndim)])
+    nodes = {axis: self.channels.nodes(site.inputs[data], axis) for axis, _ in contraction.axes}
+    return choose_inputs(
+      contraction,
+      np.asarray(self.values[variables[contraction.weights]]),
+      self._constants(contraction),
+      matters=self.varying[variables[data]] & self._reads[number, data],
+      kept={axis: self._kept[n] for axis, n in nodes.items()},
+      pinned={axis: bool(self._pinned[n].all()) for axis, n in nodes.items()},
+      left=self.kept(site.inputs[contraction.weights]),
+    )
