@@ -45,7 +45,7 @@ class OneOf:
 
   def __post_init__(self):
     values = tuple(
-      check_sparsity(f"values[{i}] of OneOf", value) for i, value in enumerate(self.values)
+      _check_scalar(f"values[{i}] of OneOf", value) for i, value in enumerate(self.values)
     )
     if not all(isinstance(value, float) for value in values):
       raise ValueError(f"values of OneOf must be Python or NumPy numbers, got {self.values!r}.")
@@ -105,27 +105,30 @@ def check_sparsity(name: str, sparsity: PyTree, *, may_be_chosen: bool = False) 
     ValueError: if a value is not a number in [0, 1).
   """
 
-  def check_scalar(path, value):
-    label = name + jax.tree_util.keystr(path)
-    if isinstance(value, jax.core.Tracer) and value.ndim == 0:
-      return value
+  def check_leaf(path, value):
     if isinstance(value, OneOf) and may_be_chosen:
       return value
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, jax.Array, np.ndarray)):
-      raise ValueError(f"{label} must be a number in [0, 1), got {value!r}.")
-    if np.ndim(value) != 0:
-      raise ValueError(f"{label} must be a scalar, got an array of shape {value.shape}.")
-    if not 0 <= float(value) < 1:
-      raise ValueError(
-        f"{label} is the fraction of weights to prune and must be in [0, 1), got {value!r}."
-      )
-    return value if isinstance(value, jax.Array) else float(value)
+    return _check_scalar(name + jax.tree_util.keystr(path), value)
 
-  return jax.tree_util.tree_map_with_path(check_scalar, sparsity)
+  return jax.tree_util.tree_map_with_path(check_leaf, sparsity)
+
+
+def _check_scalar(label: str, value: Any) -> Any:
+  if isinstance(value, jax.core.Tracer) and value.ndim == 0:
+    return value
+  if isinstance(value, bool) or not isinstance(value, (numbers.Real, jax.Array, np.ndarray)):
+    raise ValueError(f"{label} must be a number in [0, 1), got {value!r}.")
+  if np.ndim(value) != 0:
+    raise ValueError(f"{label} must be a scalar, got an array of shape {value.shape}.")
+  if not 0 <= float(value) < 1:
+    raise ValueError(
+      f"{label} is the fraction of weights to prune and must be in [0, 1), got {value!r}."
+    )
+  return value if isinstance(value, jax.Array) else float(value)
 
 
 def check_rise(initial: float, sparsity: PyTree) -> None:
-  """Raises a ValueError if a ramp is known to fall, from one sparsity for all leaves to another."""
+  """Raises a ValueError if a ramp of all leaves together is known to end below its start."""
   known = sparsity.values if isinstance(sparsity, OneOf) else [sparsity]
   for value in known:
     if isinstance(value, float) and initial > value:
