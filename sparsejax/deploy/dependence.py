@@ -106,8 +106,12 @@ def nonzero(variable: int, values: Sequence[Any], varying: Marks) -> np.ndarray:
 
 def _surrogate(site: Site, values: Sequence[Any], varying: Marks):
   variables = site.equation.inputs
-  return rule_of(site).surrogate(
-    site,
-    lambda k: np.float32(nonzero(variables[k], values, varying)),
-    lambda k: values[variables[k]],
-  )
+
+  def value(k):
+    marks = varying.get(variables[k])
+    return values[variables[k]] if marks is None or not marks.any() else None
+
+  def may_differ(k):
+    return np.float32(nonzero(variables[k], values, varying))
+
+  return rule_of(site).surrogate(site, may_differ, value)

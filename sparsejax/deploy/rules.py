@@ -17,7 +17,8 @@ class Rule(NamedTuple):
 
   Attributes:
     links: which indices of operands and outputs belong together. Axes of neither are pinned.
-    surrogate: of a site, given where its operands may differ from zero, and their values.
+    surrogate: of a site, given where its operands may differ from zero, and the values of those
+      that do not vary, None for others.
     rearranges: whether outputs are elements of inputs, or functions of those at the same position.
     resize: the static arguments for operands and outputs that are smaller.
     makes_axes: whether the output may have axes that belong to no operand's, without being pinned.

@@ -56,14 +56,16 @@ def itself(site: Site, nonzero: Operands, values: Operands) -> Surrogate:
 
 
 def selected(site: Site, nonzero: Operands, values: Operands) -> Surrogate:
-  if 0 in site.moving:
+  """A predicate that is known says on which case each element depends."""
+  predicate = values(0)
+  if predicate is None:
     return any_operand(site, nonzero, values)
 
   def surrogate(*xs):
     operands = [np.zeros(shape, np.float32) for shape in site.shapes_in]
     for k, x in zip(site.moving, xs):
       operands[k] = x
-    return site.equation.bind(values(0), *operands[1:])
+    return site.equation.bind(predicate, *operands[1:])
 
   return surrogate
 
