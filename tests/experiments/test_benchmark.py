@@ -1,55 +1,273 @@
-import math
+import collections
+import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from experiments import benchmark
+import sparsejax
+from experiments.benchmark import (
+  command,
+  communication,
+  devices,
+  figures,
+  networks,
+  report,
+  steps,
+  timing,
+  trees,
+)
+from experiments.recipes import RECIPES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """What `all` leaves behind on two tiny trees."""
+  out = tmp_path_factory.mktemp("benchmark")
+  options = (
+    "--trees convnet-small lenet300 --methods progressive --mesh-trees lenet300 --devices 1 2"
+    " --abstract-trees lenet300 --recipes lenet300-digits --batch-size 4 --rounds 1"
+  )
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(trees.TREES, "convnet-small", lambda: [(64, 32)])
+    patch.setitem(trees.TREES, "lenet300", lambda: [(64, 64), (64,)])
+    command.main(["all", *options.split(), "--out", str(out)])
+  return out
+
+
+@pytest.fixture
+def record(folder):
+  return json.loads((folder / "benchmark.json").read_text())
 
 
 @pytest.mark.parametrize(
-  ("tree", "parameters", "weights"),
+  ("tree", "parameters", "weights", "leaves"),
   [
-    ("lenet300", 266_610, 266_200),
-    ("resnet18", 11_173_962, 11_164_352),
-    ("resnet50", 25_557_032, 25_502_912),
+    ("convnet-small", 94_538, 94_304, 8),
+    ("lenet300", 266_610, 266_200, 6),
+    ("resnet18", 11_173_962, 11_164_352, 62),
+    ("resnet50", 25_557_032, 25_502_912, 161),
+    ("gpt2", 124_439_808, 124_318_464, 148),
+    ("gpt-1b", 1_011_476_480, 1_010_993_152, 220),
   ],
 )
-def test_trees_have_the_published_sizes(tree, parameters, weights):
-  shapes = benchmark.shapes_of(tree)
-  assert sum(map(math.prod, shapes)) == parameters
-  assert sum(math.prod(shape) for shape in shapes if len(shape) >= 2) == weights
+def test_trees_have_the_published_sizes(tree, parameters, weights, leaves):
+  found = trees.sizes_of(trees.shapes_of(tree))
+  assert found == {"parameters": parameters, "weights": weights, "leaves": leaves}
 
 
-@pytest.mark.parametrize("what", ["selection", "step"])
-def test_a_table_is_printed(what, capsys):
-  benchmark.main([what, "--trees", "lenet300", "--rounds", "1"])
-  header, _, *rows = capsys.readouterr().out.splitlines()
-  assert len(rows) == (6 if what == "step" else 1)
-  for row in rows:
-    assert header.count("|") == row.count("|")
-    assert row.startswith("| lenet300 |")
-    if what == "step":
-      assert row.endswith("| 0 |")
+def test_all_writes_a_report_that_is_made_of_its_json_alone(folder, record):
+  assert (folder / "benchmark.md").read_text() == report.to_markdown(record)
+  assert record["commit"] and record["versions"]["jax"] == jax.__version__
+  assert record["hardware"]["platform"] == "cpu"
+  assert {name: len(rows) for name, rows in record["measured"].items()} == {
+    "selection": 2,  # trees
+    "step": 2,
+    "network": 1,
+    "devices": 4,  # two numbers, and two placements
+    "abstract": 1,
+  }
+  for rows in record["measured"].values():
+    for row in rows:
+      for times in row.get("seconds", {}).values():
+        assert len(times) == 1 and times[0] > 0
+
+
+def test_tables_are_rectangular_and_grow_with_what_was_measured(record):
+  text = report.to_markdown(record)
+  for block in text.split("\n\n"):
+    assert len({line.count("|") for line in block.splitlines()}) == 1 or "|" not in block
+  assert (
+    "| time per weight, ns | convnet-small (0.00205 M) | lenet300 (0.0041 M) | the whole" in text
+  )
+  assert "| tree | method | each has | quantity | 1 | 2 |" in text
+  for row in record["measured"].values():
+    del row[1:]
+  assert "the whole grows as" not in report.to_markdown(record)
+
+
+@pytest.mark.parametrize(
+  ("readings", "verdict"), [(11.9, "reached"), (12.1, "missed")], ids=["under", "over"]
+)
+def test_a_verdict_is_computed_from_the_times(record, readings, verdict):
+  (row,) = figures.progressive_steps(record)[:1]
+  row["seconds"] |= {
+    "reading": [1e-3, 1.0],
+    "kept": [1.0, 1.0],
+    "changed": [1 + readings / 1e3, 1.0],
+  }
+  row["seconds"] = {name: times[:1] for name, times in row["seconds"].items()}
+  line = next(line for line in report.to_markdown(record).splitlines() if "readings" in line)
+  assert line.endswith(f"| convnet-small | {readings} | {verdict} |")
+
+
+def test_what_was_not_measured_is_said_to_be_not_run(record):
+  lines = report.to_markdown(record).splitlines()
+  assert any("argsort | - | - | not run |" in line for line in lines)
+  assert lines[-1] == "Not run: the device is a cpu."
+
+
+def test_on_a_gpu_bytes_to_move_are_set_against_the_bandwidth_of_a_copy(record):
+  record["hardware"]["platform"] = "gpu"
+  record["measured"]["selection"] = []
+  (row,) = record["measured"]["step"] = record["measured"]["step"][:1]
+  row |= {"parameters": 1_000_000, "weights": 900_000}
+  row["bare"]["state_bytes"], row["pruned"]["state_bytes"] = 4_000_000, 4_900_000
+  # 8 MB in 1 ms.
+  row["seconds"] |= {"copy": [1e-3], "bare": [5e-3], "kept": [5e-3], "changed": [6.35e-3]}
+  text = report.to_markdown(record)
+  assert "| bare step | 8 GB/s | 20.0 MB | 5 ms | 50 % |" in text
+  assert "| steady step, progressive | 8 GB/s | 20.9 MB | 5 ms | 52 % |" in text
+  # The weights, and their masks in and out.
+  assert "| mask update, progressive | 8 GB/s | 5.4 MB | 1.35 ms | 50 % |" in text
+  # Small trees are bound by launches there, and have no target.
+  assert "readings of the weights' memory | - | - | not run |" in text
+
+
+def test_a_single_measurement_prints_its_tables_only(capsys):
+  options = "--trees lenet300 --methods progressive-packed --lengths 2 --rounds 1"
+  command.main(["step", *options.split()])
+  lines = capsys.readouterr().out.splitlines()
+  titles = [line for line in lines if line.startswith("## ")]
+  assert titles[:4] == ["## Mask update", "## Steady step", "## Memory", "## Compile time"]
+  # One bit for each weight, and a count.
+  memory = lines[lines.index("## Memory") + 6]
+  assert memory.startswith("| lenet300 | progressive-packed | 2 |")
+  assert memory.endswith("| 0.127 |")
 
 
 def test_training_is_measured_with_and_without_pruning(capsys):
   options = "--recipes lenet300-digits --dtypes float32 bfloat16 --unroll 2 --images 300 --rounds 1"
-  benchmark.main(["training", *options.split()])
-  header, _, *rows = capsys.readouterr().out.splitlines()
-  assert "share of pruning" in header
+  command.main(["training", *options.split()])
+  lines = capsys.readouterr().out.splitlines()
+  rows = lines[lines.index("## Epochs of training") + 6 :][:2]
   for row, dtype in zip(rows, ("float32", "bfloat16")):
     assert row.startswith(f"| lenet300-digits | cpu | {dtype} | 2 |")
-    assert header.count("|") == row.count("|")
 
 
 def test_the_loader_is_measured_on_images_in_the_shape_of_those_of_imagenet(capsys):
-  benchmark.main(["loader", "--workers", "0", "--images", "256", "--rounds", "1"])
-  header, _, row = capsys.readouterr().out.splitlines()
-  assert header.endswith("| images per second |")
+  command.main(["loader", "--workers", "0", "--images", "256", "--rounds", "1"])
+  row = capsys.readouterr().out.splitlines()[-1]
   assert row.startswith("| 0 | 256 |") and float(row.split("|")[-2]) > 0
 
 
 def test_the_work_of_a_network_is_that_of_its_layers():
-  recipe = benchmark.RECIPES["lenet300-mnist-98"]
-  dataset = benchmark._random_images(2, (28, 28, 1))
+  recipe = RECIPES["lenet300-mnist-98"]
+  dataset = networks.random_images(2, (28, 28, 1))
   # Two for each weight, and little more.
-  assert 2 * 266_200 <= benchmark._forward_flops(recipe, dataset) <= 2.01 * 266_200
+  assert 2 * 266_200 <= networks.forward_flops(recipe, dataset) <= 2.01 * 266_200
+
+
+@pytest.mark.parametrize("name", ["fixed", "progressive", "granet", "rigl"])
+def test_masks_change_at_due_calls_and_at_no_others(name):
+  method, params = steps.METHODS[name], trees.random_leaves([(24, 16)])
+  tx = method.make(0.5, params)
+  update = jax.jit(
+    lambda state, call: tx.update(params, optax.tree.set(state, count=call), params)[1]
+  )
+  state = tx.init(params)
+
+  def pruned_after(calls):
+    nonlocal state
+    before = sparsejax.get_masks(state, params)
+    state = update(state, *calls)
+    after = sparsejax.get_masks(state, params)
+    return not np.array_equal(before[0], after[0])
+
+  due = steps.due_calls()
+  assert not pruned_after(steps.idle_calls())
+  assert pruned_after(next(due)) == method.changes
+  assert not pruned_after(steps.idle_calls())
+
+
+def test_what_takes_long_has_fewer_rounds_but_two(monkeypatch):
+  clock = [0.0]
+  monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+  calls = collections.Counter()
+
+  def function(name, seconds):
+    def call():
+      clock[0] += seconds
+      calls[name] += 1
+
+    return call
+
+  lengths = {"short": 2**-6, "long": 4.0, "very long": 30.0}
+  times = timing.take_turns({name: function(name, s) for name, s in lengths.items()}, rounds=5)
+  assert {name: len(each) for name, each in times.items()} == {
+    "short": 5,
+    "long": 3,
+    "very long": 2,
+  }
+  for name, each in times.items():
+    assert each == pytest.approx([lengths[name]] * len(each))
+  # As many calls in a turn as take 0.05 s, after four that are not counted; or one after one.
+  assert calls == {"short": 4 + 5 * 4, "long": 1 + 3, "very long": 1 + 2}
+
+
+@pytest.fixture
+def cache(tmp_path):
+  """A folder where JAX keeps what it compiles."""
+  before = (
+    jax.config.jax_compilation_cache_dir,
+    jax.config.jax_persistent_cache_min_compile_time_secs,
+  )
+  _set_cache(str(tmp_path), 0)
+  yield tmp_path
+  _set_cache(*before)
+
+
+def _set_cache(folder, seconds):
+  jax.config.update("jax_compilation_cache_dir", folder)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+  compilation_cache.reset_cache()
+
+
+def test_a_compilation_starts_from_nothing_and_leaves_nothing(cache):
+  traced = []
+
+  def double(x):
+    traced.append(x)
+    return 2 * x
+
+  _, seconds = timing.compile_afresh(double, 1.0, rounds=3)
+  assert len(seconds) == len(traced) == 3 and min(seconds) > 0
+  assert not list(cache.iterdir())
+  jax.clear_caches()
+  jax.jit(double).lower(1.0).compile()
+  assert list(cache.iterdir())
+  # What is there now is not read.
+  events = []
+  listen = lambda event, **_: events.append(event.split("/")[-1])
+  jax.monitoring.register_event_listener(listen)
+  try:
+    timing.compile_afresh(double, 1.0)
+    assert "cache_hits" not in events
+    jax.clear_caches()
+    jax.jit(double).lower(1.0).compile()
+    assert "cache_hits" in events
+  finally:
+    jax.monitoring.unregister_event_listener(listen)
+
+
+def test_bytes_are_counted_in_each_pass_of_a_loop_and_outside_of_loops():
+  mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+
+  def double_until(x, n):
+    doubled = jax.lax.while_loop(lambda x: jnp.sum(x) < n, lambda x: 2 * x, x)
+    return jax.lax.with_sharding_constraint(doubled, NamedSharding(mesh, P()))
+
+  x = jax.device_put(jnp.ones((1024, 8)), NamedSharding(mesh, P("data")))
+  found = communication.bytes_sent(jax.jit(double_until).lower(x, 1e6).compile())
+  # In each pass the sum, a float32; after the last, the whole array.
+  assert found == {"operations": 2, "once": 4 * 1024 * 8, "each_pass": 4}
+
+
+def test_devices_that_are_missing_are_simulated_in_another_process():
+  assert devices.with_devices(8, jax.device_count) == jax.device_count()
+  assert devices.with_devices(9, jax.device_count) == 9

@@ -1,0 +1,244 @@
+"""The command: what it measures, on what, and where the report goes."""
+
+import dataclasses
+import os
+import pathlib
+import platform
+import re
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import tqdm
+import tyro
+
+from experiments import commands, loading, records
+from experiments.benchmark import devices, networks, report, selection, steps
+from experiments.benchmark.trees import TREES, shapes_of
+from experiments.recipes import RECIPES
+
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
+
+Rows = list[dict[str, Any]]
+Tree = Literal[tuple(TREES)]
+Method = Literal[tuple(steps.METHODS)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Measures the library against plain JAX."""
+
+  what: tyro.conf.Positional[
+    Literal["all", "selection", "step", "network", "devices", "abstract", "training", "loader"]
+  ]
+  """What to measure; all is all but the last two."""
+  out: pathlib.Path | None = None
+  """Folder for benchmark.json, with the raw numbers, and benchmark.md, with tables of them. By
+  default experiments/results for all; a single measurement only prints its tables."""
+  trees: tuple[Tree, ...] = ("convnet-small", "lenet300", "resnet18", "resnet50", "gpt2")
+  """Shapes of the parameters, for selection and step."""
+  mesh_trees: tuple[Tree, ...] = ("resnet18",)
+  """The same for devices."""
+  abstract_trees: tuple[Tree, ...] = ("gpt2", "gpt-1b")
+  """The same for abstract, which only compiles."""
+  methods: tuple[Method, ...] = (
+    "fixed",
+    "progressive",
+    "progressive-packed",
+    "granet",
+    "granet-packed",
+  )
+  """How to prune, for step."""
+  mesh_methods: tuple[Method, ...] = ("progressive",)
+  """The same for devices and abstract."""
+  lengths: tuple[int, ...] = (1,)
+  """How many steps a call makes, for step."""
+  devices: tuple[int, ...] = (1, 2, 4, 8)
+  """How many there are, for devices, and at most for abstract; one CPU simulates those missing."""
+  recipes: tuple[Literal[tuple(RECIPES)], ...] = ("resnet18-cifar10-72.9",)
+  """What to train, for network and training."""
+  batch_size: int = 0
+  """For network; 0: the recipe's, but 16 on a CPU."""
+  dtypes: tuple[Literal["float32", "bfloat16"], ...] = ()
+  """In which networks compute; by default bfloat16, but float32 on a CPU."""
+  unroll: tuple[int, ...] = (1,)
+  """How many steps of an epoch are written out in one turn of its loop, for training."""
+  images: int = 0
+  """Training images, before some are held out; 0: as many as the data set has, or 1,024 for the
+  loader."""
+  workers: tuple[int, ...] = (0, 1, 2)
+  """How many processes decode images, for the loader; 0: threads of this one do."""
+  data_dir: pathlib.Path | None = None
+  """Directory of ImageNet, for the loader."""
+  sparsity: float = 0.729
+  """The fraction to prune."""
+  rounds: int = 7
+  """How often each variant has its turn; what takes very long has fewer."""
+
+  def __post_init__(self):
+    commands.check_fields(
+      self,
+      {
+        "sparsity": (0 < self.sparsity < 1, "in (0, 1)"),
+        "rounds": (self.rounds >= 1, "at least 1"),
+        "lengths": (min(self.lengths, default=0) >= 1, "at least 1"),
+        "devices": (min(self.devices, default=0) >= 1, "at least 1"),
+        "batch_size": (self.batch_size >= 0, "at least 0"),
+        "unroll": (min(self.unroll, default=0) >= 1, "at least 1"),
+        "workers": (min(self.workers, default=-1) >= 0, "at least 0"),
+        "images": (self.images >= 0, "at least 0"),
+      },
+    )
+
+  @property
+  def network_dtypes(self) -> tuple[str, ...]:
+    return self.dtypes or (("float32",) if _on_cpu() else ("bfloat16",))
+
+
+def _selection(options: Options) -> Rows:
+  return [
+    {
+      "tree": tree,
+      **selection.measure_selection(
+        shapes_of(tree), sparsity=options.sparsity, rounds=options.rounds
+      ),
+    }
+    for tree in options.trees
+  ]
+
+
+def _step(options: Options) -> Rows:
+  return [
+    {"tree": tree, **row}
+    for tree in options.trees
+    for length in options.lengths
+    for row, _ in steps.measure_steps(
+      shapes_of(tree),
+      options.methods,
+      sparsity=options.sparsity,
+      rounds=options.rounds,
+      length=length,
+    )
+  ]
+
+
+def _network(options: Options) -> Rows:
+  batch_size = options.batch_size or (16 if _on_cpu() else 0)
+  return [
+    networks.measure_network(recipe, dtype, batch_size, rounds=options.rounds)
+    for recipe in options.recipes
+    for dtype in options.network_dtypes
+  ]
+
+
+def _devices(options: Options) -> Rows:
+  return [
+    {"tree": tree, **row}
+    for tree in options.mesh_trees
+    for row in devices.measure_devices(
+      shapes_of(tree),
+      options.mesh_methods,
+      options.devices,
+      sparsity=options.sparsity,
+      rounds=options.rounds,
+    )
+  ]
+
+
+def _abstract(options: Options) -> Rows:
+  return [
+    {"tree": tree, **row}
+    for tree in options.abstract_trees
+    for row in devices.measure_abstract(
+      shapes_of(tree), options.mesh_methods, max(options.devices), sparsity=options.sparsity
+    )
+  ]
+
+
+def _training(options: Options) -> Rows:
+  return [
+    networks.measure_epochs(recipe, dtype, unroll, images=options.images, rounds=options.rounds)
+    for recipe in options.recipes
+    for dtype in options.network_dtypes
+    for unroll in options.unroll
+  ]
+
+
+def _loader(options: Options) -> Rows:
+  return loading.measure_loader(
+    options.data_dir, options.workers, images=options.images or 1024, rounds=options.rounds
+  )
+
+
+def _on_mesh(function: Callable[[Options], Rows]) -> Callable[[Options], Rows]:
+  return lambda options: devices.with_devices(max(options.devices), function, options)
+
+
+MEASUREMENTS: dict[str, Callable[[Options], Rows]] = {
+  "selection": _selection,
+  "step": _step,
+  "network": _network,
+  "devices": _on_mesh(_devices),
+  "abstract": _on_mesh(_abstract),
+  "training": _training,
+  "loader": _loader,
+}
+
+
+# Those of the report.
+REPORTED = ("selection", "step", "network", "devices", "abstract")
+
+
+def measure(options: Options) -> dict[str, Any]:
+  """Makes the measurements; what goes into the JSON."""
+  names = REPORTED if options.what == "all" else (options.what,)
+  measured, seconds = {}, {}
+  for name in tqdm.tqdm(names, unit="measurement"):
+    started = time.perf_counter()
+    measured[name] = MEASUREMENTS[name](options)
+    seconds[name] = time.perf_counter() - started
+  return {
+    "hardware": _hardware(),
+    **records.provenance(),
+    "rounds": options.rounds,
+    "sparsity": options.sparsity,
+    "seconds": seconds,
+    "measured": measured,
+  }
+
+
+def _hardware() -> dict[str, Any]:
+  return {
+    "platform": jax.default_backend(),
+    "device": jax.devices()[0].device_kind,
+    "devices": jax.device_count(),
+    "processor": _processor(),
+    "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
+  }
+
+
+def _processor() -> str:
+  path = pathlib.Path("/proc/cpuinfo")
+  found = path.exists() and re.search(r"model name\s*: (.*)", path.read_text())
+  return found[1] if found else platform.processor() or platform.machine()
+
+
+def _on_cpu() -> bool:
+  return jax.default_backend() == "cpu"
+
+
+def main(args: list[str] | None = None) -> None:
+  with commands.errors_as_messages():
+    options = tyro.cli(Options, prog="python -m experiments.benchmark", args=args)
+    record = measure(options)
+    out = options.out or (RESULTS if options.what == "all" else None)
+    if out is None:
+      print("\n\n".join(report.sections(record)))
+      return
+    text = report.to_markdown(record)
+    out.mkdir(parents=True, exist_ok=True)
+    records.replace_file(out / "benchmark.json", records.to_json(record))
+    records.replace_file(out / "benchmark.md", text)
+    print(text)
