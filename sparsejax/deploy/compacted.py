@@ -60,7 +60,7 @@ class Compacted:
   _program: Program = dataclasses.field(repr=False)
   _steps: tuple[Step, ...] = dataclasses.field(repr=False)
   _outputs: dict[int, str] = dataclasses.field(repr=False)
-  _example_axes: tuple[int, ...] | None = dataclasses.field(repr=False)
+  _other: Program | None = dataclasses.field(repr=False)
 
   def __call__(self, *inputs: Any) -> Any:
     """Computes the outputs of the original function for these inputs."""
@@ -75,14 +75,7 @@ class Compacted:
     """
     inputs = jax.tree.map(jnp.asarray, inputs)
     self._check(inputs)
-    program = programs.trace(self._apply_fn, self._param_types, inputs)
-    if not program.same_as(self._program):
-      if self._example_axes is not None and self._is_single(inputs):
-        return self._apply_to_one(params, inputs)
-      raise ValueError(
-        "the function has other equations for inputs of these shapes,"
-        f" {_shapes(inputs)}, than for {_shapes(self._input_types)}: compact it for these."
-      )
+    program = self._program_for(inputs)
     values = dict(zip(program.inputs, jax.tree.leaves(inputs)))
     values |= program.literals | program.captured
     values |= {i: params[name] for i, name in self._outputs.items()}
@@ -95,19 +88,26 @@ class Compacted:
       values.update(zip(equation.outputs, outputs))
     return jax.tree.unflatten(program.structure, [values[i] for i in program.outputs])
 
-  def _is_single(self, inputs):
-    return all(x.shape[0] == 1 for x, b in zip(jax.tree.leaves(inputs), self._batched) if b)
-
-  def _apply_to_one(self, params, inputs):
-    """One example twice: matrix products of batches of one have other equations."""
-    leaves, structure = jax.tree.flatten(inputs)
-    twice = [jnp.concatenate([x, x]) if b else x for x, b in zip(leaves, self._batched)]
-    outputs, structure = jax.tree.flatten(self.apply(params, *structure.unflatten(twice)))
-    halves = [
-      jax.lax.slice_in_dim(x, 0, x.shape[axis] // 2, axis=axis)
-      for x, axis in zip(outputs, self._example_axes)
-    ]
-    return structure.unflatten(halves)
+  def _program_for(self, inputs):
+    """The equations of the original for these inputs."""
+    program = programs.trace(self._apply_fn, self._param_types, inputs)
+    if program.same_as(self._program):
+      return program
+    message = (
+      "the function has other equations for inputs of these shapes,"
+      f" {_shapes(inputs)}, than for {_shapes(self._input_types)}"
+    )
+    sizes = {x.shape[0] for x, b in zip(jax.tree.leaves(inputs), self._batched) if b}
+    # JAX writes products and indexing in another way for one example and for a symbolic batch.
+    if len(sizes) == 1 and all(size == 1 or not isinstance(size, int) for size in sizes):
+      first = next(
+        x.shape[0] for x, b in zip(jax.tree.leaves(self._input_types), self._batched) if b
+      )
+      try:
+        return programs.extrapolate(self._program, self._other, sizes.pop() - first)
+      except ValueError as error:
+        raise ValueError(f"{message}, and {error}: compact it for these.") from error
+    raise ValueError(f"{message}: compact it for these.")
 
   def _run(self, step, site, program, params, values):
     equation = site.equation

@@ -69,8 +69,8 @@ def compact(apply_fn: Callable[..., Any], params: PyTree, example_inputs: Any) -
   """
   inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
   params, inputs = _arrays(params), jax.tree.map(jnp.asarray, inputs)
-  given = _trace(apply_fn, params, inputs)
-  inputs, program, other, batched = _with_batch(apply_fn, params, inputs, given)
+  program = _trace(apply_fn, params, inputs)
+  inputs, program, other, batched = _with_batch(apply_fn, params, inputs, program)
   values = programs.evaluate(program, jax.tree.leaves(params), jax.tree.leaves(inputs))
   names = list(masks_lib.leaves_by_name(params))
   plan = Plan(program, values, other)
@@ -92,7 +92,7 @@ def compact(apply_fn: Callable[..., Any], params: PyTree, example_inputs: Any) -
     program,
     steps,
     outputs,
-    None if given.same_as(program) else plan.example_axes(),
+    other,
   )
 
 

@@ -37,18 +37,19 @@ class Plan:
     self.program, self.values = program, values
     self._other = other or program
     self.changing = sites.find_changing(program, self._other)
-    self.stored, self.sites = sites.split(program, self.changing)
+    self.stored, self.sites = sites.split(program, self._other, self.changing)
     self._contractions = [contraction_of(site) for site in self.sites]
     self.channels = Channels()
     self._tie()
-    self._follows_size = self.changing | {
+    numbers = {
       i
       for site in self.sites
       for i in site.outputs
       if site.equation.name == "iota" and self._batch_axes(i)
     }
-    sources = {*self._follows_size, *program.inputs} - self.stored
-    self.varying = self._find_varying({i: np.ones(program.shapes[i], bool) for i in sources})
+    sources = {*program.inputs, *self.changing, *numbers} - self.stored
+    marks = {i: np.ones(program.shapes[i], bool) for i in sources}
+    self.varying = find_varying(program, self.sites, values, marks, self._is_unsteady)
     self._pin_constants()
     self._remove()
 
@@ -80,34 +81,10 @@ class Plan:
         used.update(site.inputs[k] for k in site.moving)
     return tuple(reversed(numbers))
 
-  def example_axes(self) -> tuple[int, ...] | None:
-    """The axis of each output along which lie the examples; None if they depend on each other."""
-    if self._follows_size:
-      return None
-    axes = [self._batch_axes(i) for i in self.program.outputs]
-    if any(len(found) != 1 for found in axes):
-      return None
-    axes = tuple(axis for (axis,) in axes)
-    first = {}
-    for i in self.program.inputs:
-      first[i] = np.zeros(self.program.shapes[i], bool)
-      if self._batch_axes(i):
-        first[i][0] = True
-    reached = self._find_varying(first)
-    size = self.program.shapes[next(i for i in first if self._batch_axes(i))][0]
-    for i, axis in zip(self.program.outputs, axes):
-      each = self.program.shapes[i][axis] // size
-      if i in reached and np.delete(reached[i], np.s_[:each], axis).any():
-        return None
-    return axes
-
   @property
   def unknown(self) -> Iterator[Site]:
     """The sites about whose primitives nothing is known."""
     return (self.sites[n] for n in self.executed if rule_of(self.sites[n]) is rules.UNKNOWN)
-
-  def _find_varying(self, sources):
-    return find_varying(self.program, self.sites, self.values, sources, self._is_unsteady)
 
   def _batch_axes(self, variable):
     pairs = zip(self.program.shapes[variable], self._other.shapes[variable])

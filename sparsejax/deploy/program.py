@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core
 
 from sparsejax.masks import PyTree
@@ -138,6 +139,38 @@ def _write_out(program: Program, jaxpr: Any, arguments: list[int]) -> list[int]:
       )
     number.update(zip(eqn.outvars, outputs))
   return [read(atom) for atom in jaxpr.outvars]
+
+
+def extrapolate(program: Program, other: Program, steps: Any) -> Program:
+  """The program for a batch that is larger by `steps`; `other` is that for one example more.
+
+  Sizes are taken to be linear in that of the batch, which may be symbolic.
+
+  Raises:
+    ValueError: if the two differ in more than integers.
+  """
+  equations = [
+    dataclasses.replace(
+      ours, params={key: _linear(x, theirs.params[key], steps) for key, x in ours.params.items()}
+    )
+    for ours, theirs in zip(program.equations, other.equations)
+  ]
+  shapes = [_linear(a, b, steps) for a, b in zip(program.shapes, other.shapes)]
+  for ours, theirs in ((program.literals, other.literals), (program.captured, other.captured)):
+    if any(x is not theirs[i] and not np.array_equal(x, theirs[i]) for i, x in ours.items()):
+      raise ValueError("a constant of the function depends on the batch size")
+  return dataclasses.replace(program, equations=equations, shapes=shapes)
+
+
+def _linear(a: Any, b: Any, steps: Any) -> Any:
+  if a is b or (type(a) is type(b) and a == b):
+    return a
+  if isinstance(a, int) and isinstance(b, int):
+    return a + steps * (b - a)
+  if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+    parts = [_linear(x, y, steps) for x, y in zip(a, b)]
+    return type(a)(*parts) if hasattr(a, "_fields") else tuple(parts)
+  raise ValueError(f"{a} and {b} depend on the batch size")
 
 
 def evaluate(program: Program, params: list[Any], inputs: list[Any]) -> list[Any]:

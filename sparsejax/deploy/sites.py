@@ -52,14 +52,17 @@ def find_changing(program: Program, other: Program) -> set[int]:
   return {i for i, a, b in pairs if a is not b and not np.array_equal(np.asarray(a), np.asarray(b))}
 
 
-def split(program: Program, changing: set[int]) -> tuple[set[int], tuple[Site, ...]]:
+def split(
+  program: Program, other: Program, changing: set[int]
+) -> tuple[set[int], tuple[Site, ...]]:
   """What is stored and what is computed at run time.
 
-  What does not depend on the inputs is stored, unless it is broadcast to a shape in which there may
-  be the batch.
+  What does not depend on the inputs is stored, unless its shape follows the batch, or it is nothing
+  but something smaller repeated.
 
   Args:
     program: all equations.
+    other: the same for another batch size.
     changing: variables that depend on the batch size.
 
   Returns:
@@ -68,13 +71,15 @@ def split(program: Program, changing: set[int]) -> tuple[set[int], tuple[Site, .
   stored = {*program.params, *program.literals, *program.captured} - changing
   sites: list[Site] = []
   for equation in program.equations:
-    grows = equation.name in ("broadcast_in_dim", "iota") and (
+    repeats = equation.name in ("broadcast_in_dim", "iota", "tile") and (
       _size(program, equation.outputs) > _size(program, equation.inputs)
     )
-    if equation.has_effects or grows or not stored.issuperset(equation.inputs):
-      sites.append(_site(program, len(sites), equation, stored))
-    else:
+    follows = any(program.shapes[i] != other.shapes[i] for i in equation.outputs)
+    is_stored = stored.issuperset(equation.inputs) and not (repeats or follows)
+    if is_stored and not equation.has_effects:
       stored.update(equation.outputs)
+    else:
+      sites.append(_site(program, len(sites), equation, stored))
   return stored, tuple(sites)
 
 
