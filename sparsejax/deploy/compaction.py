@@ -17,6 +17,7 @@ from sparsejax.deploy.sites import Indices, cut, positions
 from sparsejax.masks import PyTree
 
 _CAPTURED = "captured"
+_MADE = "constants"  # The owner of what is computed from literals alone.
 
 
 def compact(apply_fn: Callable[..., Any], params: PyTree, example_inputs: Any) -> Compacted:
@@ -27,16 +28,17 @@ def compact(apply_fn: Callable[..., Any], params: PyTree, example_inputs: Any) -
   so works for any function of JAX. An operation that it does not know keeps all of the arrays that
   it touches; the report names it.
 
-  The outputs are those of the original to float rounding, as long as the activations of both are
-  finite.
+  The outputs are those of the original to float rounding, as long as all activations are finite: a
+  product with zero is taken to be zero.
 
   Args:
     apply_fn: a function of the parameters and of the inputs, such as `model.apply`. It must be pure
       and compute the same for each example of a batch of any size.
     params: all that the weights are taken from; for a Flax module the variables, with the
       statistics of batch norm. What the function closes over is known as well.
-    example_inputs: an array or a tuple of them. If the leading axes of all are 1 or alike and the
-      function can be traced with another size, they are taken to be those of the batch.
+    example_inputs: an array or a tuple of them, of which one example suffices. Leading axes of the
+      size of the first one are taken to be those of the batch, if the function can be traced with
+      another size; if not, it is compacted for these shapes alone.
 
   Returns:
     A `Compacted`, to be called with inputs of any batch size. Jit it.
@@ -163,7 +165,6 @@ class _Store:
 
   def __init__(self, plan: Plan, names: list[str]):
     self.arrays: dict[str, np.ndarray] = {}
-    self.names = names
     # Shapes by leaf: of what is left of it, and of what is stored with that.
     self.weights: dict[str, list[tuple[int, ...]]] = {}
     self.extras: dict[str, list[tuple[int, ...]]] = {}
@@ -182,7 +183,7 @@ class _Store:
 
   def owner(self, variable: int) -> str:
     """The last leaf of those that a stored variable is computed from."""
-    return self._leaves.get(variable, _CAPTURED)
+    return self._leaves.get(variable, _MADE)
 
   def add(self, variable: int, kept: Indices) -> str:
     """Stores what is kept of a variable, once; its name."""
@@ -202,6 +203,7 @@ class _Store:
       copies += 1
       name = f"{owner}{kind}:{copies}"
     self.arrays[name] = array
+    self.shapes.setdefault(owner, (0,))
     (self.extras if kind else self.weights).setdefault(owner, []).append(np.shape(array))
     return name
 

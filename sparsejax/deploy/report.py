@@ -46,7 +46,7 @@ class Report:
   Attributes:
     rows: of the leaves of the parameters, and of the arrays that the function closes over.
     unknown: the operations about which nothing is known, by name, with the shapes of the arrays
-      that they touch, which are kept as they are.
+      that they touch, which are kept as they are; those shapes are for a batch of two or more.
   """
 
   rows: tuple[Row, ...]

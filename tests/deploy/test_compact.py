@@ -419,6 +419,15 @@ def test_a_function_of_several_inputs_and_captured_weights_is_compacted():
   assert shapes(compacted) == {"a": (4, 4), "b": (2, 4), "captured0": (4, 3)}
 
 
+def test_all_that_is_stored_is_counted():
+  captured = jnp.asarray(random_weights(3))
+  scale = lambda: jax.lax.exp(lax.add(1.0, 2.0))  # Computed from literals.
+  apply = lambda p, x: jnp.tanh(x @ p["w"] + captured) * jax.jit(scale)()
+  compacted = check_equal(apply, {"w": random_weights(4, 3), "unused": np.ones(7)}, np.ones((1, 4)))
+  assert compacted.report.parameters == 4 * 3 + 7 + 3
+  assert compacted.report.new_parameters == sum(p.size for p in compacted.params.values()) == 16
+
+
 LAYERS = {
   "dense": lambda x, w: x @ w,
   "bias": lambda x, w: x + w[0],
