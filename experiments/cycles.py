@@ -215,7 +215,7 @@ def make_line(
 def _describe_cycle(trainer: Trainer, state: TrainState) -> dict[str, Any]:
   """What a cycle has come to."""
   masks = sparsejax.get_masks(state.opt_state, state.params)
-  masks = distributed.place(masks, distributed.everywhere(trainer.mesh))
+  masks = jax.device_get(distributed.place(masks, distributed.everywhere(trainer.mesh)))
   pool = sparsejax.summary(state.params, masks).pool
   return {
     "test_accuracy": 100 * float(trainer.evaluate(state, trainer.test).accuracy),

@@ -72,7 +72,7 @@ def start(options: Distributed) -> None:
     ValueError: if nothing says who they are, if process 0 is not there in time, or if it cannot
       listen at its address.
   """
-  if not options.enabled:
+  if not options.enabled or jax.distributed.is_initialized():
     return
   options = dataclasses.replace(
     options,

@@ -217,7 +217,12 @@ def main(args: list[str] | None = None) -> None:
     run = parse(Run, "train", "Trains one run of a recipe.", args)
     set_determinism(run.deterministic)
     distributed.start(run.distributed)
-    train(run)
+    try:
+      train(run)
+    except jax.errors.JaxRuntimeError as error:
+      if run.distributed.enabled:
+        error.add_note("If another process has ended: the same commands resume all of them.")
+      raise
 
 
 def _describe_recipe(recipe: Recipe) -> str:
