@@ -281,6 +281,12 @@ def on_mesh(step: Callable[..., Any], of_state: Any, mesh: Mesh | None) -> Calla
   return shared_step
 
 
+def on_mesh_alone(function: Callable[[Any], Any], of_state: Any, mesh: Mesh | None):
+  """The same for a function from states to states."""
+  whole = within_programs(of_state, mesh)
+  return lambda state: constrain(constrain(function(constrain(state, whole)), whole), of_state)
+
+
 def check_batch(batch_size: int, mesh: Mesh | None) -> None:
   """Raises a ValueError if devices cannot have equal parts of a batch."""
   if mesh is not None and batch_size % mesh.shape["data"]:

@@ -47,8 +47,11 @@ class Learner:
     start: (parameters and running statistics, masks, step) -> state, with a fresh optimizer; and
       that index.
     augment: (key, pixels) -> pixels in [0, 1].
-    train_step: (state, pixels, labels, key of the epoch) -> state, and the sums of the losses and
-      of the right answers.
+    prepare: (key of the epoch, number of the step, pixels) -> what the network gets in training.
+    change_masks: state -> state, before the first step of each epoch: with the masks of that step,
+      if they are those of a ramp, which changes them nowhere else.
+    train_step: (state, prepared pixels, labels, key of the epoch) -> state, and the sums of the
+      losses and of the right answers. It takes `tx` for an optimizer that changes masks itself.
     end: (state, these sums over an epoch, number of images) -> EpochMetrics.
     network: state -> a function from pixels, uint8 or in [0, 1], to logits.
   """
@@ -60,6 +63,8 @@ class Learner:
   init: Callable[[jax.Array, jax.Array], TrainState]
   start: Callable[..., TrainState]
   augment: Callable[[jax.Array, jax.Array], jax.Array]
+  prepare: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+  change_masks: Callable[[TrainState], TrainState]
   train_step: Callable[..., tuple[TrainState, jax.Array]]
   end: Callable[..., EpochMetrics]
   network: Callable[[TrainState], Callable[[jax.Array], jax.Array]]
@@ -115,6 +120,7 @@ def make_learner(
   # One and the same in all states, which it is a part of. Masks are none of it, nor are the key and
   # the index.
   tx = optimizer(masks_key, abstract_masks)
+  steady = optimizer(masks_key, abstract_masks, steady=True)
 
   @jax.jit
   def start_with(key, variables, masks, step, index=0):
@@ -146,15 +152,28 @@ def make_learner(
       return params
     return sparsejax.apply_masks(params, sparsejax.get_masks(opt_state, params))
 
-  def train_step(state, pixels, labels, key):
-    augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-    pixels = normalized(augmented(augment_key, pixels))
+  def keys_of(key, step):
+    """For augmentation and for dropout."""
+    return jax.random.split(jax.random.fold_in(key, step))
+
+  def prepare(key, step, pixels):
+    augment_key, _ = keys_of(key, step)
+    return normalized(augmented(augment_key, pixels)).astype(recipe.dtype)
+
+  def change_masks(state):
+    nothing = jax.tree.map(jnp.zeros_like, state.params)
+    _, changed = tx.update(nothing, state.opt_state, state.params)
+    masks = optax.tree.get(changed, "masks")
+    return state.replace(opt_state=optax.tree.set(state.opt_state, masks=masks))
+
+  def train_step(state, inputs, labels, key, tx=steady):
+    _, dropout_key = keys_of(key, state.step)
     targets = optax.smooth_labels(jax.nn.one_hot(labels, classes), recipe.label_smoothing)
 
     def loss(params):
       logits, updates = model.apply(
         {"params": weights(params, state.opt_state), "batch_stats": state.batch_stats},
-        pixels,
+        inputs,
         train=True,
         mutable=["batch_stats"],
         rngs={"dropout": dropout_key},
@@ -164,7 +183,13 @@ def make_learner(
 
     (value, (logits, batch_stats)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels)
-    state = state.apply_gradients(grads=grads, batch_stats=batch_stats)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    state = state.replace(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+      batch_stats=batch_stats,
+    )
     return state, jnp.array([value * labels.size, correct])
 
   def end(state, sums, count):
@@ -187,6 +212,8 @@ def make_learner(
     init=init,
     start=start,
     augment=augmented,
+    prepare=prepare,
+    change_masks=change_masks if recipe.prunes_by_epoch else lambda state: state,
     train_step=train_step,
     end=end,
     network=network,

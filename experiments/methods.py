@@ -37,6 +37,7 @@ def make_optimizer(
   *,
   sparsities: tuple[float, ...] = (),
   index: int | jax.Array = 0,
+  steady: bool = False,
 ) -> optax.GradientTransformation:
   """SGD as published, and the pruning after it or around it.
 
@@ -48,8 +49,9 @@ def make_optimizer(
       during it. Its `update` does not depend on them.
     sparsities: of runs side by side, in place of the recipe's own, which is 0 only if all are.
     index: which of them is that of its state. Its `update` does not depend on it.
+    steady: whether a ramp's `update` leaves the masks of the same states as they are.
   """
-  make = functools.partial(_make_optimizer, recipe, steps_per_epoch, key, masks)
+  make = functools.partial(_make_optimizer, recipe, steps_per_epoch, key, masks, steady)
   if not sparsities:
     return make(recipe.sparsity)
   return optax.inject_hyperparams(lambda index: make(sparsejax.OneOf(sparsities, index)))(index)
@@ -60,6 +62,7 @@ def _make_optimizer(
   steps_per_epoch: int,
   key: jax.Array,
   masks: PyTree | None,
+  steady: bool,
   sparsity: Sparsity,
 ) -> optax.GradientTransformation:
   sgd = optax.chain(
@@ -77,9 +80,18 @@ def _make_optimizer(
     return optax.chain(sgd, sparsejax.fixed_masks(masks))
   if recipe.dynamic.method != "none":
     return make_dynamic(recipe, sgd, steps_per_epoch, key, sparsity)
-  if recipe.sparsity:
-    return optax.chain(sgd, make_pruning(recipe, steps_per_epoch, sparsity))
-  return sgd
+  if not recipe.sparsity:
+    return sgd
+  if steady:
+    return optax.chain(sgd, _make_steady(recipe.keep_weights))
+  return optax.chain(sgd, make_pruning(recipe, steps_per_epoch, sparsity))
+
+
+def _make_steady(keep_weights: bool) -> optax.GradientTransformationExtraArgs:
+  """What `make_pruning` makes, at calls at which no masks are due."""
+  return sparsejax.masked_updates(
+    lambda call: call.masks, due=lambda count: False, keep_weights=keep_weights
+  )
 
 
 def _is_decayed(undecayed: str) -> Callable[[PyTree], PyTree]:

@@ -234,6 +234,11 @@ class Recipe:
     )
 
   @property
+  def prunes_by_epoch(self) -> bool:
+    """Whether its masks change during training, and at the start of epochs only."""
+    return self.has_ramp and self.dynamic.method == "none"
+
+  @property
   def total_epochs(self) -> int:
     """Of all cycles together."""
     return self.epochs_after(self.cycles)

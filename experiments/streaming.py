@@ -98,8 +98,18 @@ def make_trainer(
     return distributed.place(learner.init(*first), of_state)
 
   on_devices = functools.partial(_put_ahead, sharding=of_batch)
+
+  def step_on(state, pixels, labels, key):
+    return learner.train_step(state, learner.prepare(key, state.step, pixels), labels, key)
+
+  change_masks = jax.jit(
+    distributed.on_mesh_alone(learner.change_masks, of_state, mesh),
+    in_shardings=(of_state,),
+    out_shardings=of_state,
+    donate_argnums=0,
+  )
   train_step = jax.jit(
-    distributed.on_mesh(learner.train_step, of_state, mesh),
+    distributed.on_mesh(step_on, of_state, mesh),
     in_shardings=(of_state, of_batch, of_batch, everywhere),
     out_shardings=(of_state, everywhere),
     donate_argnums=0,
@@ -111,6 +121,7 @@ def make_trainer(
       number = int(state.step) // steps
       start = jax.random.fold_in(step_key, number), jnp.zeros(2)
       key, sums = distributed.place(start, everywhere)
+      state = change_masks(state)
       for pixels, labels in on_devices(train.shuffled(number)):
         state, of_step = step_fn(state, pixels, labels, key)
         sums += of_step

@@ -23,6 +23,10 @@ from experiments.learner import EpochMetrics, TrainState, make_learner
 from experiments.methods import Variables
 from experiments.recipe import Recipe
 
+# On a GPU or a TPU, images of so many steps are augmented at once, before an epoch's first step:
+# those of one are so few that most of the time would go into the launches of small programs.
+_PREPARED_TOGETHER = 32
+
 
 class Images(NamedTuple):
   """A set of labelled images on the device.
@@ -147,11 +151,12 @@ def make_trainer(
   )
   # XLA's CPU backend runs gradients of convolutions 40 times slower in a loop than outside of one
   # (https://github.com/jax-ml/jax/issues/12868), so there each step is a call from Python.
-  on_cpu = all(device.platform == "cpu" for device in train.labels.devices())
+  on_cpu = _is_on_cpu(train.labels)
   steps_are_calls = on_cpu and _has_convolutions(learner.model, learner.variables, train)
   of_state = mesh and distributed.over_model(learner.state, mesh)
   whole = distributed.within_programs(of_state, mesh)
   shared_step = distributed.on_mesh(learner.train_step, of_state, mesh)
+  change_masks = distributed.on_mesh_alone(learner.change_masks, of_state, mesh)
 
   def start(variables, masks, step):
     return distributed.place(learner.start(variables, masks, step), of_state)
@@ -160,23 +165,35 @@ def make_trainer(
     first = learner.init(train.pixels[train.index[:batch]], train.labels[:batch], index)
     return distributed.place(first, of_state)
 
-  def begin(step, key):
-    """The key of an epoch, and the order of its images."""
-    order_key, step_key = jax.random.split(jax.random.fold_in(key, step // steps))
-    return step_key, jax.random.permutation(order_key, count)
+  def begin(state, key):
+    """The state with the masks of the coming epoch, its key, and the order of its images."""
+    order_key, step_key = jax.random.split(jax.random.fold_in(key, state.step // steps))
+    return change_masks(state), step_key, jax.random.permutation(order_key, count)
 
-  def train_step(state, train, key, index):
-    return shared_step(state, train.pixels[train.index[index]], train.labels[index], key)
+  def prepare(train, key, step, index):
+    pixels = distributed.constrain(train.pixels[train.index[index]], of_batch)
+    return learner.prepare(key, step, pixels)
+
+  def train_step(state, train, key, index, inputs=None):
+    if inputs is None:
+      inputs = prepare(train, key, state.step, index)
+    return shared_step(state, inputs, train.labels[index], key)
 
   def end(state, sums):
     return learner.end(state, sums, full * batch + rest)
 
   def epoch(state, train):
-    key, order = begin(state.step, train.key)
+    state, key, order = begin(state, train.key)
+    index, inputs = order[: full * batch].reshape(full, batch), None
+    if not on_cpu:
+      numbers = state.step + jnp.arange(full)
+      inputs = jax.lax.map(
+        lambda each: prepare(train, key, *each), (numbers, index), batch_size=_PREPARED_TOGETHER
+      )
     state, sums = jax.lax.scan(
-      lambda state, index: train_step(state, train, key, index),
+      lambda state, each: train_step(state, train, key, *each),
       state,
-      order[: full * batch].reshape(full, batch),
+      (index, inputs),
       unroll=unroll,
     )
     sums = jnp.sum(sums, axis=0)
@@ -191,19 +208,24 @@ def make_trainer(
     if not steps_are_calls:
       in_shardings = (of_state, everywhere)
       return jax.jit(epoch, in_shardings=in_shardings, **after_step).lower(state, train).compile()
-    key, order = jax.eval_shape(begin, state.step, train.key)
+    _, key, order = jax.eval_shape(begin, state, train.key)
     step = jax.jit(train_step, in_shardings=(of_state, *[everywhere] * 3), **after_step)
     step_of = {
       size: step.lower(state, train, key, jax.ShapeDtypeStruct([size], order.dtype)).compile()
       for size in {batch, rest} - {0}
     }
-    first = jax.jit(begin, in_shardings=everywhere, out_shardings=everywhere)
-    first = first.lower(state.step, train.key).compile()
+    first = jax.jit(
+      begin,
+      in_shardings=(of_state, everywhere),
+      out_shardings=(of_state, everywhere, everywhere),
+      donate_argnums=0,
+    )
+    first = first.lower(state, train.key).compile()
     last = jax.jit(end, in_shardings=(of_state, everywhere), out_shardings=everywhere)
     last = last.lower(state, jax.ShapeDtypeStruct([2], jnp.float32)).compile()
 
     def epoch_of_calls(state, train):
-      key, order = first(state.step, train.key)
+      state, key, order = first(state, train.key)
       sums = distributed.place(jnp.zeros(2), everywhere)
       for start in range(0, full * batch + rest, batch):
         index = order[start : min(start + batch, full * batch + rest)]
@@ -255,6 +277,10 @@ def make_trainer(
     ),
     mesh=mesh,
   )
+
+
+def _is_on_cpu(array: jax.Array) -> bool:
+  return all(device.platform == "cpu" for device in array.devices())
 
 
 def _has_convolutions(model: nn.Module, variables: Variables, train: Images) -> bool:

@@ -14,7 +14,7 @@ from experiments import training
 from experiments.benchmark import steps, timing
 from experiments.learner import make_learner
 from experiments.models import MODELS
-from experiments.published import Dataset
+from experiments.published import PUBLISHED, Dataset
 from experiments.recipe import Recipe
 from experiments.recipes import RECIPES
 
@@ -97,7 +97,9 @@ def _make_step(recipe: Recipe, dataset: Dataset) -> tuple[Callable[[np.ndarray],
   def step(state, pixels, labels, key, calls):
     (call,) = calls
     opt_state = optax.tree.set(state.opt_state, count=call)
-    return learner.train_step(state.replace(step=call, opt_state=opt_state), pixels, labels, key)
+    state = state.replace(step=call, opt_state=opt_state)
+    inputs = learner.prepare(key, call, pixels)
+    return learner.train_step(state, inputs, labels, key, tx=learner.tx)
 
   batch = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
   key = jax.random.key(1)
@@ -132,6 +134,10 @@ def measure_epochs(
   dense = dataclasses.replace(recipe, sparsity=0.0, initial_sparsity=0.0)
   count, *shape = IMAGES[recipe.data]
   dataset = random_images(images or count, shape)
+  if recipe.data in PUBLISHED:
+    # With these, the program is the very one of a run.
+    moments = PUBLISHED[recipe.data]
+    dataset = dataclasses.replace(dataset, mean=moments.mean, std=moments.std)
   started = time.perf_counter()
   trainer = training.make_trainer(recipe, dataset, seed=0, unroll=unroll)
   train = _make_epochs(trainer)

@@ -209,6 +209,27 @@ def test_steps_called_one_by_one_make_the_epoch_that_one_program_makes(small, mo
   assert int(called.step) == 3
 
 
+def test_images_augmented_before_an_epoch_are_those_augmented_in_its_steps(monkeypatch):
+  recipe = dataclasses.replace(
+    DIGITS, epochs=2, prune_epochs=2, train_images=300, batch_size=64, width=0.1
+  )
+
+  def train():
+    trainer = training.make_trainer(recipe, data.load("digits"), seed=0)
+    assert trainer.train.labels.size == 4 * 64 + 11
+    epoch = trainer.compile_epoch()
+    state, _ = epoch(trainer.init(), trainer.train)
+    return epoch(state, trainer.train)
+
+  in_steps, of_steps = train()
+  monkeypatch.setattr(training, "_is_on_cpu", lambda array: False)
+  # One of the full batches is left over.
+  monkeypatch.setattr(training, "_PREPARED_TOGETHER", 3)
+  ahead, of_ahead = train()
+  chex.assert_trees_all_close(in_steps.params, ahead.params, rtol=1e-4, atol=1e-5)
+  chex.assert_trees_all_close(of_steps, of_ahead, rtol=1e-4)
+
+
 def test_only_networks_with_convolutions_are_called_step_by_step(small):
   trainer = training.make_trainer(small, data.load("digits"), seed=0)
   state = jax.eval_shape(trainer.init)
