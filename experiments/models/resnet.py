@@ -27,7 +27,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     conv = functools.partial(layers.convolution, kernel_init=self.kernel_init, dtype=self.dtype)
-    norm = functools.partial(layers.batch_norm, train, scale_init=self.scale_init, dtype=self.dtype)
+    norm = functools.partial(layers.BatchNorm, train, scale_init=self.scale_init, dtype=self.dtype)
     channels, stride = self.channels, self.stride
     if self.bottleneck:
       convolutions = ((channels, 1, 1), (channels, 3, stride), (4 * channels, 1, 1))
@@ -92,7 +92,7 @@ class ResNet(nn.Module):
     options = dict(kernel_init=self.kernel_init, dtype=self.dtype)
     size, stride = (7, 2) if self.imagenet_stem else (3, 1)
     x = layers.convolution(channels[0], size, stride, name="stem", **options)(images)
-    x = layers.batch_norm(train, scale_init=self.scale_init, dtype=self.dtype, name="stem_norm")(x)
+    x = layers.BatchNorm(train, scale_init=self.scale_init, dtype=self.dtype, name="stem_norm")(x)
     x = nn.relu(x)
     if self.imagenet_stem:
       x = layers.max_pool(x, size=3, stride=2, padding=1)

@@ -72,7 +72,7 @@ class VGG(nn.Module):
 
     Training takes the statistics of the batch, and updates the collection "batch_stats".
     """
-    norm = functools.partial(layers.batch_norm, train, scale_init=self.scale_init, dtype=self.dtype)
+    norm = functools.partial(layers.BatchNorm, train, scale_init=self.scale_init, dtype=self.dtype)
     dense = functools.partial(nn.Dense, kernel_init=self.dense_init, dtype=self.dtype)
     x = images
     for stage, (count, channels) in enumerate(

@@ -26,7 +26,7 @@ class WideBlock(nn.Module):
     conv = functools.partial(
       layers.convolution, self.channels, kernel_init=self.kernel_init, dtype=self.dtype
     )
-    norm = functools.partial(layers.batch_norm, train, dtype=self.dtype)
+    norm = functools.partial(layers.BatchNorm, train, dtype=self.dtype)
     activations = nn.relu(norm(name="norm1")(x))
     y = conv(3, self.stride, name="conv1")(activations)
     y = nn.relu(norm(name="norm2")(y))
@@ -91,7 +91,7 @@ class WideResNet(nn.Module):
           name=f"stage{stage}_block{i}",
           **options,
         )(x, train)
-    x = nn.relu(layers.batch_norm(train, dtype=self.dtype, name="final_norm")(x))
+    x = nn.relu(layers.BatchNorm(train, dtype=self.dtype, name="final_norm")(x))
     dense = nn.Dense(self.classes, kernel_init=self.dense_init, dtype=self.dtype, name="classifier")
     return dense(layers.average_pool(x)).astype(jnp.float32)
 

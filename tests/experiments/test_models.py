@@ -1,6 +1,7 @@
 import json
 import pathlib
 
+import chex
 import flax
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,7 @@ def dimensions(shape):
 
 def describe(module, params, out):
   """A layer in the words of the oracle, or None."""
-  if isinstance(module, nn.BatchNorm):
+  if isinstance(module, layers.BatchNorm):
     return f"norm {params['scale'].size}"
   if not isinstance(module, nn.Conv | nn.Dense):
     return None
@@ -313,7 +314,7 @@ def test_layers_are_those_of_snips_own_code(name):
   kernels = [params for module, params, _ in calls if isinstance(module, nn.Conv | nn.Dense)]
   assert [dimensions(p["kernel"].shape) for p in kernels] == oracle["kernels"]
   assert all(p["bias"].size == p["kernel"].shape[-1] for p in kernels)
-  norms = [params for module, params, _ in calls if isinstance(module, nn.BatchNorm)]
+  norms = [params for module, params, _ in calls if isinstance(module, layers.BatchNorm)]
   assert [p["scale"].size for p in norms] == oracle["norms"]
   assert sum(p.size for p in jax.tree.leaves(calls[-1][1])) == oracle["total"]
 
@@ -454,20 +455,41 @@ def test_batch_norm_has_torchs_momentum_and_epsilon_and_a_biased_variance(size):
   x = np.float32(size) * (random_images((4, 2, 2, 3)) + np.arange(3, dtype=np.float32))
   exact = x.astype(np.float64)
   mean, var = exact.mean((0, 1, 2)), exact.var((0, 1, 2))
-  norm = layers.batch_norm(True, dtype=jnp.float32, name="n")
+  norm = layers.BatchNorm(True, dtype=jnp.float32, name="n")
   variables = norm.init(jax.random.key(0), x)
   y, updated = norm.apply(variables, x, mutable=["batch_stats"])
   np.testing.assert_allclose(y, (exact - mean) / np.sqrt(var + 1e-5), rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(updated["batch_stats"]["mean"], 0.1 * mean, rtol=1e-5)
   np.testing.assert_allclose(updated["batch_stats"]["var"], 0.9 + 0.1 * var, rtol=1e-5)
-  norm = layers.batch_norm(False, dtype=jnp.float32, name="n")
+  norm = layers.BatchNorm(False, dtype=jnp.float32, name="n")
   stats = {"mean": jnp.full(3, 0.5), "var": jnp.full(3, 2e-5)}
   y = norm.apply({**variables, "batch_stats": stats}, x)
   np.testing.assert_allclose(y, (exact - 0.5) / np.sqrt(3e-5), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_norm_is_that_of_flax_with_its_gradients(train):
+  x = 2 * random_images((16, 5, 5, 3)) + np.arange(3, dtype=np.float32)
+  ours = layers.BatchNorm(train, dtype=jnp.float32)
+  theirs = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5)
+  variables = theirs.init(jax.random.key(0), x)
+  chex.assert_trees_all_equal(variables, ours.init(jax.random.key(0), x))
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(lambda v: rng.uniform(0.5, 2, v.shape).astype(np.float32), variables)
+  weights = rng.normal(size=x.shape).astype(np.float32)
+
+  def of(norm):
+    def loss(params, x):
+      y, updated = norm.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+      return jnp.mean(weights * jnp.sin(y)), (y, updated)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(variables["params"], x)
+
+  chex.assert_trees_all_close(of(ours), of(theirs), rtol=1e-4, atol=1e-6)
+
+
 def test_statistics_of_bfloat16_activations_are_float32():
-  norm = layers.batch_norm(True, dtype=jnp.bfloat16, name="n")
+  norm = layers.BatchNorm(True, dtype=jnp.bfloat16, name="n")
   x = jnp.asarray(random_images((64, 16, 16, 1)) + 1, jnp.bfloat16)
   y, updated = norm.apply(norm.init(jax.random.key(0), x), x, mutable=["batch_stats"])
   exact = np.asarray(x, np.float64)
@@ -544,7 +566,7 @@ def test_heads_of_vggs_have_their_layers_in_order(name, head):
     elif isinstance(module, nn.Dense):
       assert params["kernel"].shape[0] == 512
       words.append(module.name)
-    elif isinstance(module, nn.BatchNorm):
+    elif isinstance(module, layers.BatchNorm):
       words.append("norm")
   # The last stage works on 2x2, and leaves 1x1x512 to the head.
   assert last_conv == (1, 2, 2, 512)
@@ -617,15 +639,14 @@ def test_kernels_start_as_their_source_says(name):
     if isinstance(module, nn.Conv | nn.Dense):
       assert module.kernel_init is (convolutions if isinstance(module, nn.Conv) else dense)
       assert module.bias_init is nn.initializers.zeros
-    elif isinstance(module, nn.BatchNorm):
-      assert module.bias_init is nn.initializers.zeros
+    elif isinstance(module, layers.BatchNorm):
       assert (module.scale_init is nn.initializers.ones) == (name not in UNIFORM_SCALES)
 
 
 def test_scales_of_open_lth_start_uniform_and_others_at_one():
   for name, low, high in (("resnet20", 0, 1), ("wrn-16-8", 1, 1)):
     calls = calls_of(MODELS[name](classes=10), (1, 32, 32, 3))
-    norm = next(module for module, _, _ in calls if isinstance(module, nn.BatchNorm))
+    norm = next(module for module, _, _ in calls if isinstance(module, layers.BatchNorm))
     scales = norm.scale_init(jax.random.key(0), (1000,), jnp.float32)
     np.testing.assert_allclose((np.min(scales), np.max(scales)), (low, high), atol=0.01)
 
