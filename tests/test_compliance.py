@@ -4,6 +4,7 @@ import functools
 import re
 
 import cases
+import compiling
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import jax
@@ -52,14 +53,11 @@ def loss_of(params, batch):
   return jnp.mean(jnp.square(predict(params, x) - y).astype(jnp.float32))
 
 
-def masked(optimizer, params):
-  """The parameters that a training starts from, which may be sparse."""
-  return sparsejax.apply_masks(params, sparsejax.get_masks(optimizer.init(params), params))
-
-
 def train(optimizer, params, *, calls=cases.CALLS, gradient_dtype=None, spoiled=-1):
   """Losses, parameters and masks after each call, trained inside one jitted `lax.scan`."""
-  params = masked(optimizer, params)
+  state = optimizer.init(params)
+  # A training may start sparse.
+  params = sparsejax.apply_masks(params, sparsejax.get_masks(state, params))
   batch = make_data(jax.tree.leaves(params)[0].dtype)
 
   def call(carry, number):
@@ -72,10 +70,10 @@ def train(optimizer, params, *, calls=cases.CALLS, gradient_dtype=None, spoiled=
     return (params, state), (loss, params, sparsejax.get_masks(state, params))
 
   @jax.jit
-  def run(params):
-    return lax.scan(call, (params, optimizer.init(params)), jnp.arange(calls))
+  def run(params, state):
+    return lax.scan(call, (params, state), jnp.arange(calls))
 
-  _, history = run(params)
+  _, history = run(params, state)
   return history
 
 
@@ -103,6 +101,7 @@ def replay(optimizer, weights, updates, **extra_args):
 
 
 jitted_replay = jax.jit(replay, static_argnums=0)
+replay_as_users = jax.jit(replay, static_argnums=0, compiler_options=compiling.AS_USERS)
 
 
 def last(history):
@@ -221,19 +220,26 @@ def test_any_weight_plus_its_update_is_zero_where_masked(dtype, update_dtype, bi
 # Calling conventions
 
 
+@each(cases.named("progressive", "dynamic"))
+def test_masks_and_updates_do_not_depend_on_how_much_the_compiler_optimizes(case):
+  link = case.build(cases.make_params())
+  assert_trees_equal(replay_as_users(link, *make_replay()), _given_masks(case))
+
+
 @every_case
 def test_unexpected_extra_arguments_are_accepted_and_change_nothing(case):
   params = cases.make_params()
   link = case.build(params)
   extra = dict(value=jnp.float32(1.0), value_fn=loss_of, unexpected="text")
 
-  @jax.jit
-  def both(params):
-    state = link.init(params)
-    return link.update(params, state, params), link.update(params, state, params, **extra)
+  def program(**extra):
+    def call(params):
+      return link.update(params, link.init(params), params, **extra)
 
-  plain, with_extra = both(params)
-  assert_trees_equal(plain, with_extra)
+    # That it is the same program says more than that it has the same results, and is not compiled.
+    return jax.jit(call).lower(params).as_text()
+
+  assert program() == program(**extra)
 
 
 @functools.cache
@@ -849,7 +855,7 @@ def test_a_lane_of_several_sparsities_has_the_masks_of_the_same_updates_alone(ma
   index = jnp.arange(len(CHOICES))
   single = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), start)
   lanes = jax.tree.map(lambda leaf: jnp.stack([leaf] * seeds, axis=1), single)
-  compiled = jax.jit(nested).lower(index, lanes, weights[0]).compile()
+  compiled = jax.jit(nested).lower(index, lanes, weights[0]).compile(compiling.AS_USERS)
   _assert_selects_in_a_conditional(compiled)
   by_sparsity, changes = jax.jit(by_sparsity), 0
   for params in weights:
