@@ -1,9 +1,12 @@
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,13 +171,19 @@ def test_a_killed_run_resumes_with_bit_identical_results(tmp_path):
   assert lines[0] == lines[1]
 
 
+TINY = functools.partial(
+  vgg.VGG, convolutions=(1, 1, 0, 0, 0), hidden=(16,), dropout=(0.0, 0.5), width=0.1
+)
+
+
 @pytest.fixture
 def tiny(monkeypatch):
   """A recipe with batch norm, dropout and a last batch that is not full."""
-  network = functools.partial(
-    vgg.VGG, convolutions=(1, 1, 0, 0, 0), hidden=(16,), dropout=(0.0, 0.5), width=0.1
-  )
-  monkeypatch.setitem(MODELS, "tiny", network)
+  return _tiny(monkeypatch)
+
+
+def _tiny(monkeypatch):
+  monkeypatch.setitem(MODELS, "tiny", TINY)
   monkeypatch.setattr(data, "load", real_images)
   recipe = dataclasses.replace(
     RECIPES["vgg-like-cifar10-97"],
@@ -188,39 +197,64 @@ def tiny(monkeypatch):
   return train.Run(recipe, "tiny")
 
 
+@pytest.fixture(scope="module")
+def tiny_runs(tmp_path_factory):
+  """Folders of runs of `tiny`: "whole", and "cut1" to "cut3" as a time limit left them.
+
+  Each call of `train.train` traces all programs anew, so these are made once. Tests go on with
+  copies: `copy_of`.
+  """
+  root = tmp_path_factory.mktemp("tiny")
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    tiny = _tiny(monkeypatch)
+    result = train.train(dataclasses.replace(tiny, out=root / "whole", time_limit=3600.0))
+    run = dataclasses.replace(tiny, out=root / "cut", time_limit=1e-9)
+    said = {}
+    for epochs in (1, 2, 3):
+      with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert train.train(run) is None
+      said[epochs] = output.getvalue()
+      shutil.copytree(run.folder, root / f"cut{epochs}")
+  return root, result, said
+
+
+def copy_of(runs, name, tmp_path):
+  """A copy of one of `tiny_runs`, to go on with."""
+  return pathlib.Path(shutil.copytree(runs[0] / name, tmp_path / name))
+
+
 def test_a_run_stops_at_the_time_limit_and_resumes_with_bit_identical_results(
-  tiny, tmp_path, capsys
+  tiny, tiny_runs, tmp_path
 ):
-  whole = train.train(dataclasses.replace(tiny, out=tmp_path / "whole"))
-  run = dataclasses.replace(tiny, out=tmp_path / "cut", time_limit=1e-9)
+  root, whole, said = tiny_runs
   for epochs in (1, 2, 3):
-    assert train.train(run) is None
-    assert f"Stopped at the time limit after {epochs} of 4 epochs" in capsys.readouterr().out
-    with checkpoints.open_checkpoints(run.folder / "checkpoints") as saved:
+    assert f"Stopped at the time limit after {epochs} of 4 epochs" in said[epochs]
+    with checkpoints.open_checkpoints(root / f"cut{epochs}/checkpoints") as saved:
       assert max(saved.epochs) == epochs
-    assert not (run.folder / "result.json").exists()
-  cut = train.train(run)
-  chex.assert_trees_all_equal(final_state(tmp_path / "cut"), final_state(tmp_path / "whole"))
+    assert not (root / f"cut{epochs}/result.json").exists()
+  folder = copy_of(tiny_runs, "cut3", tmp_path)
+  cut = train.train(dataclasses.replace(tiny, out=folder, time_limit=1e-9))
+  chex.assert_trees_all_equal(final_state(folder), final_state(root / "whole"))
   assert cut["test_accuracy"] == whole["test_accuracy"]
-  assert [line["epoch"] for line in read_metrics(tmp_path / "cut")] == [0, 1, 2, 3]
+  assert [line["epoch"] for line in read_metrics(folder)] == [0, 1, 2, 3]
 
 
-def test_a_run_without_a_time_limit_in_sight_is_not_cut(tiny, tmp_path):
-  assert train.train(dataclasses.replace(tiny, out=tmp_path, time_limit=3600.0)) is not None
+def test_a_run_without_a_time_limit_in_sight_is_not_cut(tiny_runs):
+  root, result, _ = tiny_runs
+  assert result is not None
+  assert len(read_metrics(root / "whole")) == 4
 
 
-def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(tiny, tmp_path):
-  whole = train.train(dataclasses.replace(tiny, out=tmp_path / "whole"))
-  run = dataclasses.replace(tiny, out=tmp_path / "cut", time_limit=1e-9)
-  for _ in range(3):
-    train.train(run)
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(tiny, tiny_runs, tmp_path):
+  root, whole, _ = tiny_runs
+  run = dataclasses.replace(tiny, out=copy_of(tiny_runs, "cut3", tmp_path))
   files = [path for path in (run.folder / "checkpoints/3").rglob("*") if path.is_file()]
   largest = max(files, key=lambda path: path.stat().st_size)
   largest.write_bytes(largest.read_bytes()[:-9])
   with pytest.warns(UserWarning, match="after 3 epochs is not whole, going back to 2"):
     result = train.train(dataclasses.replace(run, time_limit=3600.0))
   assert result["test_accuracy"] == whole["test_accuracy"]
-  chex.assert_trees_all_equal(final_state(tmp_path / "cut"), final_state(tmp_path / "whole"))
+  chex.assert_trees_all_equal(final_state(run.folder), final_state(root / "whole"))
 
 
 def test_the_best_epoch_by_the_test_set_is_reported_beside_the_last(tiny, tmp_path):
@@ -312,10 +346,9 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_anything_else(tiny, 
     train.train(dataclasses.replace(tiny, out=tmp_path / "file"))
 
 
-def test_checkpoints_without_a_config_are_left_alone(tiny, tmp_path):
-  run = dataclasses.replace(tiny, out=tmp_path, time_limit=1e-9)
-  train.train(run)
-  (tmp_path / "config.json").unlink()
+def test_checkpoints_without_a_config_are_left_alone(tiny, tiny_runs, tmp_path):
+  run = dataclasses.replace(tiny, out=copy_of(tiny_runs, "cut1", tmp_path), time_limit=1e-9)
+  (run.folder / "config.json").unlink()
   with pytest.raises(ValueError, match=r"no config\.json that says of what"):
     train.train(run)
 
@@ -328,23 +361,21 @@ def test_a_damaged_file_in_a_folder_is_named(tiny, tmp_path, name, content):
     train.train(dataclasses.replace(tiny, out=tmp_path))
 
 
-def test_a_changed_option_of_the_augmentation_is_named_alone(tiny, tmp_path):
-  train.train(dataclasses.replace(tiny, out=tmp_path, time_limit=1e-9))
+def test_a_changed_option_of_the_augmentation_is_named_alone(tiny, tiny_runs, tmp_path):
+  folder = copy_of(tiny_runs, "cut1", tmp_path)
   augmentation = dataclasses.replace(tiny.recipe.augmentation, rotation=3.0)
   recipe = dataclasses.replace(tiny.recipe, augmentation=augmentation)
   with pytest.raises(ValueError, match=r"holds a run with augmentation\.rotation=15\.0: choose"):
-    train.train(dataclasses.replace(tiny, recipe=recipe, out=tmp_path))
+    train.train(dataclasses.replace(tiny, recipe=recipe, out=folder))
 
 
-def test_metrics_that_were_lost_come_back_from_the_checkpoint(tiny, tmp_path):
-  run = dataclasses.replace(tiny, out=tmp_path, time_limit=1e-9)
-  for _ in range(2):
-    train.train(run)
-  before = read_metrics(tmp_path)
-  (tmp_path / "metrics.jsonl").write_text('{"epoch": 0, "lo')
-  train.train(dataclasses.replace(run, time_limit=3600.0))
-  assert read_metrics(tmp_path)[:2] == before
-  assert len(read_metrics(tmp_path)) == 4
+def test_metrics_that_were_lost_come_back_from_the_checkpoint(tiny, tiny_runs, tmp_path):
+  folder = copy_of(tiny_runs, "cut2", tmp_path)
+  before = read_metrics(folder)
+  (folder / "metrics.jsonl").write_text('{"epoch": 0, "lo')
+  train.train(dataclasses.replace(tiny, out=folder, time_limit=3600.0))
+  assert read_metrics(folder)[:2] == before
+  assert len(read_metrics(folder)) == 4
 
 
 def test_a_few_held_out_images_that_look_alike_to_a_network_are_no_collapse(tiny, tmp_path):
