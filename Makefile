@@ -11,7 +11,7 @@ demo: .venv/installed
 	JAX_PLATFORMS=cpu $(BIN)/python -m experiments.train
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .
