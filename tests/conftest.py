@@ -5,22 +5,17 @@ import os
 import shutil
 import tempfile
 
+import compiling
 import hypothesis
 
 # All of these have to be set before anything imports jax.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the time is compilation, so XLA does less of it: the elder and cheaper emitters, and LLVM
-# at level 1. Level 0 is cheaper still, but has no fused multiply-add, by which programs that are to
-# agree bit for bit would differ. What the environment says counts last: with
-# XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true" all tests
-# compile as users do; compiling.py has the options for one program.
+# What the environment says counts last: XLA_FLAGS="--xla_backend_optimization_level=3" makes all
+# tests compile nearly as users do.
 os.environ["XLA_FLAGS"] = " ".join(
   [
     "--xla_force_host_platform_device_count=8",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_backend_optimization_level=1",
-    "--xla_cpu_use_fusion_emitters=false",
-    "--xla_cpu_parallel_codegen_split_count=1",
+    *(f"--{name}={str(value).lower()}" for name, value in compiling.IN_TESTS.items()),
     os.environ.get("XLA_FLAGS", ""),
   ]
 ).strip()
