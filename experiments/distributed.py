@@ -281,10 +281,12 @@ def on_mesh(step: Callable[..., Any], of_state: Any, mesh: Mesh | None) -> Calla
   return shared_step
 
 
-def on_mesh_alone(function: Callable[[Any], Any], of_state: Any, mesh: Mesh | None):
-  """The same for a function from states to states."""
+def state_on_mesh(
+  change: Callable[[Any], Any], of_state: Any, mesh: Mesh | None
+) -> Callable[[Any], Any]:
+  """A function from states to states whose state is shared by the devices."""
   whole = within_programs(of_state, mesh)
-  return lambda state: constrain(constrain(function(constrain(state, whole)), whole), of_state)
+  return lambda state: constrain(constrain(change(constrain(state, whole)), whole), of_state)
 
 
 def check_batch(batch_size: int, mesh: Mesh | None) -> None:

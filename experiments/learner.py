@@ -51,7 +51,8 @@ class Learner:
     change_masks: state -> state, before the first step of each epoch: with the masks of that step,
       if they are those of a ramp, which changes them nowhere else.
     train_step: (state, prepared pixels, labels, key of the epoch) -> state, and the sums of the
-      losses and of the right answers. It takes `tx` for an optimizer that changes masks itself.
+      losses and of the right answers. It keeps the masks of a ramp; given a `tx` too, it makes the
+      step of that optimizer.
     end: (state, these sums over an epoch, number of images) -> EpochMetrics.
     network: state -> a function from pixels, uint8 or in [0, 1], to logits.
   """
@@ -120,6 +121,8 @@ def make_learner(
   # One and the same in all states, which it is a part of. Masks are none of it, nor are the key and
   # the index.
   tx = optimizer(masks_key, abstract_masks)
+  # For steps at which no masks change. In a scan on a GPU, the conditional of the other one makes
+  # the host wait at each step, and hands masks on in another layout than XLA gives the weights.
   steady = optimizer(masks_key, abstract_masks, steady=True)
 
   @jax.jit

@@ -103,7 +103,7 @@ def make_trainer(
     return learner.train_step(state, learner.prepare(key, state.step, pixels), labels, key)
 
   change_masks = jax.jit(
-    distributed.on_mesh_alone(learner.change_masks, of_state, mesh),
+    distributed.state_on_mesh(learner.change_masks, of_state, mesh),
     in_shardings=(of_state,),
     out_shardings=of_state,
     donate_argnums=0,

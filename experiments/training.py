@@ -156,7 +156,7 @@ def make_trainer(
   of_state = mesh and distributed.over_model(learner.state, mesh)
   whole = distributed.within_programs(of_state, mesh)
   shared_step = distributed.on_mesh(learner.train_step, of_state, mesh)
-  change_masks = distributed.on_mesh_alone(learner.change_masks, of_state, mesh)
+  change_masks = distributed.state_on_mesh(learner.change_masks, of_state, mesh)
 
   def start(variables, masks, step):
     return distributed.place(learner.start(variables, masks, step), of_state)
