@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.deploy import program as programs
+from sparsejax.deploy.compaction_report import CompactionReport
 from sparsejax.deploy.contraction import Contraction, rule_of
 from sparsejax.deploy.program import Program
-from sparsejax.deploy.report import Report
 from sparsejax.deploy.sites import Indices, Site, cut
 
 
@@ -52,7 +52,7 @@ class Compacted:
   """
 
   params: dict[str, jax.Array]
-  report: Report
+  report: CompactionReport
   _apply_fn: Callable[..., Any] = dataclasses.field(repr=False)
   _param_types: Any = dataclasses.field(repr=False)
   _input_types: Any = dataclasses.field(repr=False)

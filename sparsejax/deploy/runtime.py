@@ -5,13 +5,14 @@ dense or with a sparse (CSR) matrix, whichever took less time when the network w
 """
 
 import dataclasses
+import functools
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
-import scipy.sparse
 from numpy.lib.stride_tricks import sliding_window_view
 
 Padding = Literal["SAME", "VALID"] | Sequence[tuple[int, int]]
@@ -143,13 +144,9 @@ class Network:
         raise ValueError(
           f"layer {number} takes {len(layer.matrix)} numbers, but gets {rows.shape[-1]}."
         )
-      ways = {"dense": _dense(layer.matrix), "sparse": _sparse(layer.matrix)}
-      if kind == "fastest":
-        choice = _fastest(ways, rows.reshape(-1, rows.shape[-1]), rounds)
-      else:
-        choice = kind
+      choice, multiply = choose(layer.matrix, rows.reshape(-1, rows.shape[-1]), kind, rounds)
       self.choices.append(choice)
-      self._layers.append(_Product(layer, ways[choice]))
+      self._layers.append(_Product(layer, multiply))
       x = self._layers[-1](x)
 
   def __call__(self, x: np.ndarray) -> np.ndarray:
@@ -176,28 +173,71 @@ class _Product:
     return out.reshape(*rows.shape[:-1], out.shape[-1])
 
 
+def choose(
+  matrix: np.ndarray, rows: np.ndarray, kind: str = "fastest", rounds: int = 5
+) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
+  """How to multiply rows with a matrix.
+
+  Args:
+    matrix: of inputs and outputs.  # shape=(inputs, outputs)
+    rows: for which it is to be fast.  # shape=(rows, inputs)
+    kind: "dense", "sparse", or "fastest": the one that takes less time.
+    rounds: how often to time each.
+
+  Returns:
+    "dense" or "sparse", and a function from rows to their products.
+  """
+  if kind != "fastest":
+    return kind, {"dense": _dense, "sparse": _sparse}[kind](matrix)
+  ways = {"dense": _dense(matrix), "sparse": _sparse(matrix)}
+  calls = {name: functools.partial(way, rows) for name, way in ways.items()}
+  times = take_turns(calls, rounds, turn=1e-3)
+  choice = min(ways, key=lambda name: statistics.median(times[name]))
+  return choice, ways[choice]
+
+
+def take_turns(
+  functions: Mapping[str, Callable[[], Any]], rounds: int, *, turn: float = 0.0
+) -> dict[str, list[float]]:
+  """The time of a call of each function in each round, in seconds.
+
+  In a round each function has a turn, so that what disturbs the machine for a while disturbs all of
+  them.
+
+  Args:
+    functions: by name. Each is called twice before it is timed.
+    rounds: how many.
+    turn: how many seconds of calls a turn has at least; it is one call, at least.
+  """
+
+  def seconds(function, calls):
+    started = time.perf_counter()
+    for _ in range(calls):
+      function()
+    return (time.perf_counter() - started) / calls
+
+  calls = {}
+  for name, function in functions.items():
+    function()
+    calls[name] = max(1, math.ceil(turn / max(seconds(function, 1), 1e-9)))
+  times = [{name: seconds(f, calls[name]) for name, f in functions.items()} for _ in range(rounds)]
+  return {name: [each[name] for each in times] for name in functions}
+
+
 def _dense(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
   matrix = np.ascontiguousarray(matrix)
   return lambda rows: rows @ matrix
 
 
 def _sparse(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+  try:
+    import scipy.sparse
+  except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+      "sparse products need SciPy: pip install scipy, or 'sparsejax[deploy]'"
+    ) from error
   transposed = scipy.sparse.csr_matrix(matrix.T)
   return lambda rows: (transposed @ rows.T).T
-
-
-def _fastest(
-  ways: dict[str, Callable[[np.ndarray], np.ndarray]], rows: np.ndarray, rounds: int
-) -> str:
-  def seconds(multiply):
-    started = time.perf_counter()
-    multiply(rows)
-    return time.perf_counter() - started
-
-  for multiply in ways.values():
-    multiply(rows)
-  times = [{name: seconds(multiply) for name, multiply in ways.items()} for _ in range(rounds)]
-  return min(ways, key=lambda name: statistics.median(each[name] for each in times))
 
 
 def _windows(
