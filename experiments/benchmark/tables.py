@@ -283,4 +283,23 @@ TABLES = (
       ("images per second", lambda row: f"{median(row['images_per_second']):,.0f}"),
     ),
   ),
+  Table(
+    "Inference on the host",
+    ("inference",),
+    "Random weights, pruned by magnitude. `deploy.runtime` multiplies with SciPy's CSR matrices, on"
+    " one core, or with dense ones, whichever took less time in each layer; JAX computes with zeros"
+    " as with other numbers.",
+    (
+      ("network", _value("network")),
+      ("pruned", lambda row: f"{row['sparsity']:.0%}"),
+      ("batch", _value("batch_size")),
+      ("NumPy, dense", _seconds("dense")),
+      ("CSR in all layers", _seconds("sparse")),
+      ("`deploy.runtime`", _seconds("fastest")),
+      ("its layers", lambda row: ", ".join(row["choices"])),
+      ("JAX, dense", _seconds("jax")),
+      ("`deploy.runtime`, times faster than NumPy", _ratio("dense", "fastest")),
+      ("than JAX", _ratio("jax", "fastest")),
+    ),
+  ),
 )

@@ -1,12 +1,13 @@
-"""From trained sparse networks to smaller ones: checked, compacted, stored, and run.
+"""From trained sparse networks to smaller ones: checked, compacted, stored, run, and reported.
 
-`save`, `load`, and sparse products of `runtime` need the extra `deploy`; the rest does not.
+`save`, `load`, `runtime` and `report` need the extra `deploy`; the others do not.
 """
 
 from sparsejax.deploy import runtime
 from sparsejax.deploy.compacted import Compacted
 from sparsejax.deploy.compaction import compact
 from sparsejax.deploy.compaction_report import CompactionReport, CompactionRow
+from sparsejax.deploy.comparison import Report, Variant, report
 from sparsejax.deploy.files import load, save
 from sparsejax.deploy.final import finalize
 from sparsejax.deploy.translation import Translated, to_numpy
@@ -15,10 +16,13 @@ __all__ = (
   "Compacted",
   "CompactionReport",
   "CompactionRow",
+  "Report",
   "Translated",
+  "Variant",
   "compact",
   "finalize",
   "load",
+  "report",
   "runtime",
   "save",
   "to_numpy",

@@ -11,10 +11,13 @@ import numpy as np
 
 from sparsejax.deploy import program as programs
 from sparsejax.deploy import runtime
+from sparsejax.deploy.contraction import as_einsum
 from sparsejax.deploy.program import Equation, Program
 from sparsejax.masks import PyTree
 
 Function = Callable[..., Any]
+
+_IN_BOUNDS = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,11 +276,13 @@ def _function(equation: Equation, program: Program) -> Function:
     return _ELEMENTWISE[name]
   if name in _MADE:
     return _MADE[name](equation.params)
+  if name == "dot_general":
+    ranks = (len(program.shapes[i]) for i in equation.inputs)
+    return functools.partial(np.einsum, as_einsum(equation, *ranks), optimize=True)
   if name == "integer_pow":
     return functools.partial(_power, equation.params["y"])
-  raise ValueError(
-    f"{name} cannot be translated to NumPy: known are {', '.join(sorted({*_ELEMENTWISE, *_MADE}))}."
-  )
+  known = sorted({*_ELEMENTWISE, *_MADE, "conv_general_dilated", "dot_general", "integer_pow"})
+  raise ValueError(f"{name} cannot be translated to NumPy; what can is {', '.join(known)}.")
 
 
 def _power(y: int, x: np.ndarray) -> np.ndarray:
@@ -303,8 +308,9 @@ def _gather(params):
   numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
   (axis,) = numbers.start_index_map if len(numbers.start_index_map) == 1 else (None,)
   others = tuple(a for a in range(len(sizes)) if a != axis)
-  if axis is None or numbers.collapsed_slice_dims != (axis,) or numbers.operand_batching_dims:
-    raise ValueError(f"a gather with {numbers} cannot be translated to NumPy.")
+  is_known = params["mode"] in (jax.lax.GatherScatterMode.CLIP, _IN_BOUNDS)
+  if not is_known or numbers.collapsed_slice_dims != (axis,) or numbers.operand_batching_dims:
+    raise ValueError(f"a gather with {params} cannot be translated to NumPy.")
 
   def gather(x, indices):
     is_take = all(sizes[a] == x.shape[a] for a in others) and indices.ndim == 2
