@@ -200,6 +200,8 @@ def hardware() -> dict[str, Any]:
     "devices": jax.device_count(),
     "processor": _processor(),
     "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    # How many processes wanted a core in the last minute.
+    "load": os.getloadavg()[0],
     "xla_flags": os.environ.get("XLA_FLAGS", ""),
   }
 

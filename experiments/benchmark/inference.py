@@ -1,4 +1,4 @@
-"""Inference on the host: `deploy.runtime` beside dense NumPy and dense JAX."""
+"""Inference on the host: `deploy.to_numpy` beside dense NumPy and dense JAX."""
 
 import functools
 import itertools
@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparsejax
-from experiments.benchmark import timing
+from sparsejax import deploy
 from sparsejax.deploy import runtime
 
+# A turn of a variant is made up of as many calls as take so many seconds.
+_TURN = 0.2
 # Numbers of inputs, of units of hidden layers, and of outputs.
 NETWORKS = {"LeNet-300-100": (784, 300, 100, 10), "4096 x 4096": (4096, 4096)}
 
@@ -33,7 +35,7 @@ def measure_inference(
 
   Yields:
     A row of seconds for each: of NumPy with dense matrices, of CSR in every layer, of the faster
-    one in each layer, and of JAX with dense matrices.
+    one in each layer in one or all threads, and of JAX with dense matrices.
   """
   for (name, units), sparsity in ((n, s) for n in NETWORKS.items() for s in sparsities):
     kernels = _pruned(units, sparsity)
@@ -60,26 +62,27 @@ def _pruned(units, sparsity):
 
 def _measure(kernels, batch, rounds):
   """Seconds, the faster kind of each layer, and the largest difference to the outputs of JAX."""
-  *hidden, last = kernels
-  layers = [*(runtime.Dense(kernel, activation=runtime.relu) for kernel in hidden)]
-  layers.append(runtime.Dense(last))
   x = np.random.default_rng(1).random((batch, len(kernels[0])), np.float32)
+  translate = functools.partial(deploy.to_numpy, _apply, kernels, x, rounds=rounds)
   networks = {
-    kind: runtime.Network(layers, x, kind=kind, rounds=rounds)
-    for kind in ("dense", "sparse", "fastest")
+    "dense": translate(kind="dense"),
+    "sparse": translate(kind="sparse"),
+    "fastest": translate(threads="fastest"),
   }
   in_jax = jax.jit(_apply)
+  arrays = jax.device_put((kernels, x))
   functions = {kind: functools.partial(network, x) for kind, network in networks.items()}
-  functions["jax"] = functools.partial(in_jax, *jax.device_put((kernels, x)))
+  functions["jax"] = lambda: in_jax(*arrays).block_until_ready()
   expected = np.asarray(functions["jax"]())
   largest = np.abs(expected).max()
   return {
     "choices": networks["fastest"].choices,
+    "threads": networks["fastest"].threads,
     "difference": max(
-      float(np.abs(networks[kind](x) - expected).max() / largest) for kind in networks
+      float(np.abs(function() - expected).max() / largest) for function in functions.values()
     ),
     "device": jax.devices()[0].device_kind,
-    "seconds": timing.take_turns(functions, rounds),
+    "seconds": runtime.take_turns(functions, rounds, turn=_TURN),
   }
 
 

@@ -37,10 +37,12 @@ def _provenance(record: Record) -> str:
   packages = ", ".join(f"{name} {version}" for name, version in versions.items())
   flags = f" XLA_FLAGS: `{hardware['xla_flags']}`." if hardware["xla_flags"] else ""
   minutes = sum(record["seconds"].values()) / 60
+  # Results that are older do not have it.
+  load = f", {hardware['load']:.1f} processes at work on them after" if "load" in hardware else ""
   sparsity = f"Sparsity {record['sparsity']:.1%}, " if _has_one_sparsity(record) else ""
   return (
-    f"Device {hardware['device']}; host {hardware['processor']}, cores {hardware['cores']}; made"
-    f" in {minutes:.1f} minutes, commit {record['commit']}, {packages}.{flags}\n\n"
+    f"Device {hardware['device']}; host {hardware['processor']}, cores {hardware['cores']}{load};"
+    f" made in {minutes:.1f} minutes, commit {record['commit']}, {packages}.{flags}\n\n"
     f"{sparsity}{record['rounds']} rounds, in each of which all variants"
     " of a row have their turn; what takes very long has fewer. A figure is the median with the"
     " first and the third quartile, a ratio is one of two times of the same round, and a single"

@@ -71,7 +71,7 @@ def compact(apply_fn: Callable[..., Any], params: PyTree, example_inputs: Any) -
   """
   inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
   params, inputs = _arrays(params), jax.tree.map(jnp.asarray, inputs)
-  program = _trace(apply_fn, params, inputs)
+  program = programs.trace_of(apply_fn, params, inputs)
   inputs, program, other, batched = _with_batch(apply_fn, params, inputs, program)
   values = programs.evaluate(program, jax.tree.leaves(params), jax.tree.leaves(inputs))
   names = list(masks_lib.leaves_by_name(params))
@@ -115,20 +115,6 @@ def _arrays(params):
     return array
 
   return jax.tree_util.tree_map_with_path(checked, params)
-
-
-def _trace(apply_fn, params, inputs):
-  try:
-    program = programs.trace(apply_fn, params, inputs)
-  except Exception as error:
-    raise ValueError(
-      "apply_fn(params, *example_inputs) fails; do the parameters belong to the function?"
-      f" {type(error).__name__}: {error}"
-    ) from error
-  used = {i for equation in program.equations for i in equation.inputs}
-  if not used.intersection(program.params):
-    raise ValueError("apply_fn uses none of the parameters: they do not belong to it.")
-  return program
 
 
 def _with_batch(apply_fn, params, inputs, program):

@@ -137,16 +137,22 @@ class Network:
         self._layers.append(layer)
         x = layer(x)
         continue
-      if np.isnan(layer.matrix).any():
-        raise ValueError(f"layer {number} has NaN in its kernel.")
+      for part in ("kernel", "bias"):
+        weights = getattr(layer, part)
+        if weights is not None and np.isnan(weights).any():
+          raise ValueError(f"layer {number} has NaN in its {part}.")
       rows = layer.rows(x)
       if rows.shape[-1] != len(layer.matrix):
         raise ValueError(
           f"layer {number} takes {len(layer.matrix)} numbers, but gets {rows.shape[-1]}."
         )
-      choice, multiply = choose(layer.matrix, rows.reshape(-1, rows.shape[-1]), kind, rounds)
+      ways = {
+        "dense": lambda layer=layer: _Product(layer, dense(layer.matrix)),
+        "sparse": lambda layer=layer: _Product(layer, sparse(layer.matrix)),
+      }
+      choice, product = choose(ways, x, kind, rounds)
       self.choices.append(choice)
-      self._layers.append(_Product(layer, multiply))
+      self._layers.append(product)
       x = self._layers[-1](x)
 
   def __call__(self, x: np.ndarray) -> np.ndarray:
@@ -174,68 +180,78 @@ class _Product:
 
 
 def choose(
-  matrix: np.ndarray, rows: np.ndarray, kind: str = "fastest", rounds: int = 5
+  ways: Mapping[str, Callable[[], Callable[[np.ndarray], np.ndarray]]],
+  x: np.ndarray,
+  kind: str = "fastest",
+  rounds: int = 5,
 ) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
-  """How to multiply rows with a matrix.
+  """Which of several functions to take.
 
   Args:
-    matrix: of inputs and outputs.  # shape=(inputs, outputs)
-    rows: for which it is to be fast.  # shape=(rows, inputs)
-    kind: "dense", "sparse", or "fastest": the one that takes less time.
+    ways: makes each of them.
+    x: what they are to be fast for.
+    kind: the name of one, or "fastest": the one that takes less time.
     rounds: how often to time each.
 
   Returns:
-    "dense" or "sparse", and a function from rows to their products.
+    Its name and itself.
   """
   if kind != "fastest":
-    return kind, {"dense": _dense, "sparse": _sparse}[kind](matrix)
-  ways = {"dense": _dense(matrix), "sparse": _sparse(matrix)}
-  calls = {name: functools.partial(way, rows) for name, way in ways.items()}
+    return kind, ways[kind]()
+  functions = {name: make() for name, make in ways.items()}
+  calls = {name: functools.partial(function, x) for name, function in functions.items()}
   times = take_turns(calls, rounds, turn=1e-3)
-  choice = min(ways, key=lambda name: statistics.median(times[name]))
-  return choice, ways[choice]
+  choice = min(functions, key=lambda name: statistics.median(times[name]))
+  return choice, functions[choice]
 
 
 def take_turns(
-  functions: Mapping[str, Callable[[], Any]], rounds: int, *, turn: float = 0.0
+  functions: Mapping[str, Callable[[], Any]], rounds: int, *, turn: float
 ) -> dict[str, list[float]]:
   """The time of a call of each function in each round, in seconds.
 
   In a round each function has a turn, so that what disturbs the machine for a while disturbs all of
-  them.
+  them; and of a turn the fastest call counts, which is disturbed the least. Threads that wait for
+  each other, as those of dense products do, suffer more than others when the cores are shared.
 
   Args:
-    functions: by name. Each is called twice before it is timed.
+    functions: by name.
     rounds: how many.
-    turn: how many seconds of calls a turn has at least; it is one call, at least.
+    turn: how many seconds of calls make up a turn; it is one call at least.
   """
 
-  def seconds(function, calls):
-    started = time.perf_counter()
-    for _ in range(calls):
+  def fastest(function):
+    best, end = math.inf, time.perf_counter() + turn
+    while True:
+      started = time.perf_counter()
       function()
-    return (time.perf_counter() - started) / calls
+      now = time.perf_counter()
+      best = min(best, now - started)
+      if now >= end:
+        return best
 
-  calls = {}
-  for name, function in functions.items():
-    function()
-    calls[name] = max(1, math.ceil(turn / max(seconds(function, 1), 1e-9)))
-  times = [{name: seconds(f, calls[name]) for name, f in functions.items()} for _ in range(rounds)]
+  for function in functions.values():
+    function()  # The first call of all is longer.
+  times = [{name: fastest(function) for name, function in functions.items()} for _ in range(rounds)]
   return {name: [each[name] for each in times] for name in functions}
 
 
-def _dense(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def dense(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+  """A function that multiplies rows with a matrix."""
   matrix = np.ascontiguousarray(matrix)
   return lambda rows: rows @ matrix
 
 
-def _sparse(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def sparse(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+  """The same with a sparse matrix."""
   try:
     import scipy.sparse
   except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
       "sparse products need SciPy: pip install scipy, or 'sparsejax[deploy]'"
     ) from error
+  if matrix.dtype not in (np.float32, np.float64):
+    raise ValueError(f"SciPy has no sparse matrices of {matrix.dtype}: convert it to float32.")
   transposed = scipy.sparse.csr_matrix(matrix.T)
   return lambda rows: (transposed @ rows.T).T
 

@@ -1,37 +1,47 @@
 """A function of JAX as NumPy operations, whose products are dense or sparse."""
 
+import concurrent.futures
 import dataclasses
 import functools
-import operator
+import itertools
+import math
+import os
+import statistics
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
+from sparsejax import masks as masks_lib
 from sparsejax.deploy import program as programs
 from sparsejax.deploy import runtime
-from sparsejax.deploy.contraction import as_einsum
-from sparsejax.deploy.program import Equation, Program
+from sparsejax.deploy.operations import Function, axis_of_take, broadcast, function_of
+from sparsejax.deploy.program import Equation, Program, Shape
 from sparsejax.masks import PyTree
 
-Function = Callable[..., Any]
+# Constants of no more numbers are written out for each example: NumPy is slow in repeating them,
+# but fast memory holds no more.
+_WRITTEN_OUT = 2**17
 
-_IN_BOUNDS = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
 
-
-@dataclasses.dataclass(frozen=True)
 class Translated:
   """A function of NumPy arrays; made by `to_numpy`.
 
   Attributes:
     choices: for each product or convolution with weights, in order, "dense" or "sparse".
+    threads: among how many threads the examples are shared out.
   """
 
-  choices: tuple[str, ...]
-  _steps: tuple["_Step", ...] = dataclasses.field(repr=False)
-  _constants: dict[int, np.ndarray] = dataclasses.field(repr=False)
-  _program: Program = dataclasses.field(repr=False)
+  def __init__(self, part: "_Steps", threads: int):
+    self.choices = part.choices
+    self.threads = threads
+    self._part = part
+    program = part.program
+    self._expected = [(program.shapes[i], program.dtypes[i]) for i in program.inputs]
+    if threads > 1:
+      self._expected = [((threads * n, *rest), dtype) for (n, *rest), dtype in self._expected]
+      self._pool = concurrent.futures.ThreadPoolExecutor(threads - 1)
 
   def __call__(self, *inputs: Any) -> Any:
     """Computes the outputs for inputs of the shapes and types of the example.
@@ -40,19 +50,98 @@ class Translated:
       ValueError: if they are others.
     """
     values = list(map(np.asarray, jax.tree.leaves(inputs)))
-    expected = [(self._program.shapes[i], self._program.dtypes[i]) for i in self._program.inputs]
-    if [(x.shape, x.dtype) for x in values] != expected:
+    if [(x.shape, x.dtype) for x in values] != self._expected:
       raise ValueError(
-        f"the inputs have shapes {[x.shape for x in values]} and types"
-        f" {[str(x.dtype) for x in values]}, but those of the example were"
-        f" {[shape for shape, _ in expected]} and {[str(dtype) for _, dtype in expected]}:"
-        " translate it for these."
+        f"the inputs are {_describe((x.shape, x.dtype) for x in values)}, but those of the example"
+        f" were {_describe(self._expected)}: translate it for these."
       )
-    known = self._constants | dict(zip(self._program.inputs, values))
-    with np.errstate(all="ignore"):  # As JAX does.
-      for step in self._steps:
-        step(known)
-    return jax.tree.unflatten(self._program.structure, [known[i] for i in self._program.outputs])
+    if self.threads == 1:
+      outputs = self._part.run(values)
+    else:
+      first, *others = zip(*(np.split(x, self.threads) for x in values))
+      running = [self._pool.submit(self._part.run, part) for part in others]
+      parts = [self._part.run(first), *(each.result() for each in running)]
+      outputs = list(map(np.concatenate, zip(*parts)))
+    return jax.tree.unflatten(self._part.program.structure, outputs)
+
+
+def _describe(types):
+  return ", ".join(f"{dtype} of shape {shape}" for shape, dtype in types)
+
+
+def to_numpy(
+  apply_fn: Callable[..., Any],
+  params: PyTree,
+  example_inputs: Any,
+  *,
+  kind: Literal["fastest", "dense", "sparse"] = "fastest",
+  threads: int | Literal["fastest"] = 1,
+  rounds: int = 5,
+) -> Translated:
+  """Translates a function of JAX to NumPy.
+
+  What does not depend on the inputs is computed once. Weights are multiplied as dense matrices, or
+  as sparse ones (CSR).
+
+  Args:
+    apply_fn: a function of the parameters and of the inputs, or a `Compacted`'s `apply`.
+    params: its parameters.
+    example_inputs: an array or a tuple of them, of the shapes and types that it is to take, and for
+      which it is to be fast.
+    kind: of the matrices; by default the one that takes less time in each layer.
+    threads: among how many threads examples are shared out, which needs functions that compute each
+      example by itself, and leading axes that are those of the examples: SciPy's products take but
+      one thread. "fastest": one, or as many as there are cores, if these divide the examples.
+    rounds: how often to time each.
+
+  Returns:
+    A function of NumPy arrays.
+
+  Raises:
+    ValueError: if the function has an operation that is not known here, which is named; if a leaf
+      holds NaN; if the parameters do not belong to the function; or if the threads do not divide
+      the examples.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from sparsejax import deploy
+    >>> apply = lambda params, x: jnp.maximum(x @ params["kernel"], 0)
+    >>> params = {"kernel": jnp.array([[1.0, 0.0], [0.0, -1.0]])}
+    >>> network = deploy.to_numpy(apply, params, jnp.ones((1, 2)), kind="sparse")
+    >>> print(network(jnp.array([[2.0, 3.0]])))
+    [[2. 0.]]
+  """
+  inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+  inputs = jax.tree.map(np.asarray, inputs)
+  for name, leaf in masks_lib.leaves_by_name(params).items():
+    if np.isnan(leaf).any():
+      raise ValueError(f"{name!r} holds NaN.")
+
+  def translated(count):
+    part = inputs if count == 1 else jax.tree.map(lambda x: x[: len(x) // count], inputs)
+    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), part)
+    program = programs.trace_of(apply_fn, params, types)
+    leaves = list(map(np.asarray, jax.tree.leaves(params)))
+    return Translated(_translate(program, leaves, jax.tree.leaves(part), kind, rounds), count)
+
+  sizes = {len(x) if x.ndim else 1 for x in jax.tree.leaves(inputs)}
+  if threads != "fastest":
+    if any(size % threads for size in sizes):
+      raise ValueError(f"threads={threads} do not divide {sizes} examples.")
+    return translated(threads)
+  cores = _count_cores()
+  one = translated(1)
+  if cores == 1 or any(size % cores for size in sizes):
+    return one
+  both = {1: one, cores: translated(cores)}
+  calls = {str(count): functools.partial(f, *inputs) for count, f in both.items()}
+  times = runtime.take_turns(calls, rounds, turn=1e-2)
+  return both[min(both, key=lambda count: statistics.median(times[str(count)]))]
+
+
+def _count_cores() -> int:
+  """Those that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +159,8 @@ class _Step:
   function: Function
   inputs: tuple[int, ...]
   outputs: tuple[int, ...]
-  last: tuple[int, ...] = ()
-  in_place: bool = False
+  last: tuple[int, ...]
+  in_place: bool
 
   def __call__(self, known: dict[int, Any]) -> None:
     operands = [known[i] for i in self.inputs]
@@ -81,77 +170,71 @@ class _Step:
       del known[i]
 
 
-def to_numpy(
-  apply_fn: Callable[..., Any],
-  params: PyTree,
-  example_inputs: Any,
-  *,
-  kind: Literal["fastest", "dense", "sparse"] = "fastest",
-  rounds: int = 5,
-) -> Translated:
-  """Translates a function of JAX to NumPy.
+class _Steps(NamedTuple):
+  """A program in steps, with what they need."""
 
-  What does not depend on the inputs is computed once. Weights are multiplied as dense matrices, or
-  as sparse ones (CSR).
+  steps: tuple[_Step, ...]
+  constants: dict[int, np.ndarray]
+  program: Program
+  choices: tuple[str, ...]
 
-  Args:
-    apply_fn: a function of the parameters and of the inputs, or a `Compacted`'s `apply`.
-    params: its parameters.
-    example_inputs: an array or a tuple of them, of the shapes and types that it is to take, and for
-      which it is to be fast.
-    kind: of the matrices; by default the one that takes less time in each layer.
-    rounds: how often to time each.
+  def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    known = self.constants | dict(zip(self.program.inputs, inputs))
+    with np.errstate(all="ignore"):  # As JAX does.
+      for step in self.steps:
+        step(known)
+    return [known[i] for i in self.program.outputs]
 
-  Returns:
-    A function of NumPy arrays.
 
-  Raises:
-    ValueError: if the function has an operation that is not known here; it is named.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> from sparsejax import deploy
-    >>> apply = lambda params, x: jnp.maximum(x @ params["kernel"], 0)
-    >>> params = {"kernel": jnp.array([[1.0, 0.0], [0.0, -1.0]])}
-    >>> network = deploy.to_numpy(apply, params, jnp.ones((1, 2)), kind="sparse")
-    >>> print(network(jnp.array([[2.0, 3.0]])))
-    [[2. 0.]]
-  """
-  inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-  inputs = jax.tree.map(np.asarray, inputs)
-  types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
-  program = programs.trace(apply_fn, params, types)
-  known = dict(zip(program.params, map(np.asarray, jax.tree.leaves(params))))
+def _translate(
+  program: Program, params: list[Any], inputs: list[Any], kind: str, rounds: int
+) -> _Steps:
+  """Translates equation by equation, and computes each for what the next one is to be fast for."""
+  known = dict(zip(program.params, params))
   for constants in (program.literals, program.captured):
     known |= {i: np.asarray(x, program.dtypes[i]) for i, x in constants.items()}
-  running = dict(zip(program.inputs, jax.tree.leaves(inputs)))
+  running = dict(zip(program.inputs, inputs))
   own: set[int] = set()  # Arrays that no other variable is a view of.
+  new = itertools.count(len(program.shapes))
   steps, choices = [], []
   equations = _needed(program)
+  takes = _absorbed(equations, program, known)
   last = {i: n for n, equation in enumerate(equations) for i in equation.inputs}
+  last |= {take.source: max(last[take.source], last[i]) for i, take in takes.items()}
   last |= dict.fromkeys(program.outputs, len(equations))
   for number, equation in enumerate(equations):
-    if running.keys().isdisjoint(equation.inputs):
+    if running.keys().isdisjoint(equation.inputs) and takes.keys().isdisjoint(equation.inputs):
       known.update(zip(equation.outputs, _constant(equation, known)))
       continue
-    product = _product(equation, program, known)
-    function = _function(equation, program) if product is None else None
+    if equation.outputs[0] in takes:
+      continue
     operands, in_place = equation.inputs, False
+    product = _product(equation, known)
     if product is not None:
-      operands = (equation.inputs[product.data],)
-      rows = product.rows(running[operands[0]])
-      choice, multiply = runtime.choose(product.matrix, _flat(rows), kind, rounds)
+      data = operands[product.data]
+      take = takes.get(data)
+      operands = (data if take is None else take.source,)
+      ways = _ways(product, take, program.shapes)
+      choice, function = runtime.choose(ways, running[operands[0]], kind, rounds)
       choices.append(choice)
-      function = functools.partial(_multiply, product, multiply)
-    elif isinstance(function, np.ufunc):
+    else:
+      function = function_of(equation, program.shapes)
+    if isinstance(function, np.ufunc):
       first = operands[0]
       in_place = (
         first in own
         and last[first] == number
         and operands.count(first) == 1
-        and program.shapes[first]  # A number of NumPy is no array.
+        and program.shapes[first] != ()  # A number of NumPy is no array.
         and _same_type(program, first, equation.outputs[0])
       )
+      shape = program.shapes[equation.outputs[0]]
+      if math.prod(shape) <= _WRITTEN_OUT:
+        like = next(running[i] for i in operands if i in running)
+        for i in set(operands) & known.keys():
+          fresh = next(new)
+          known[fresh] = _written_out(known[i], shape, like)
+          operands = tuple(fresh if j == i else j for j in operands)
     if product is not None or isinstance(function, np.ufunc):
       own.update(equation.outputs)
     else:
@@ -164,7 +247,44 @@ def to_numpy(
     steps.append(step)
   read = {i for step in steps for i in step.inputs} | set(program.outputs)
   constants = {i: x for i, x in known.items() if i in read}
-  return Translated(tuple(choices), tuple(steps), constants, program)
+  return _Steps(tuple(steps), constants, program, tuple(choices))
+
+
+class _Take(NamedTuple):
+  """Indices that a product takes of an axis of its data."""
+
+  source: int
+  indices: np.ndarray
+
+
+def _absorbed(
+  equations: list[Equation], program: Program, known: dict[int, Any]
+) -> dict[int, _Take]:
+  """What only matrix products read, and what is taken from an axis that they sum over.
+
+  A sparse matrix needs no inputs taken: in the place of the others it has nothing.
+  """
+  readers: dict[int, list[Equation]] = {}
+  for equation in equations:
+    for i in equation.inputs:
+      readers.setdefault(i, []).append(equation)
+  constants = dict(known)
+  takes = {}
+  for equation in equations:
+    if constants.keys() >= set(equation.inputs):
+      constants.update(zip(equation.outputs, _constant(equation, constants)))
+    elif equation.name == "gather" and equation.inputs[1] in constants:
+      (output,) = equation.outputs
+      reader, *others = readers.get(output, [None])
+      axis = axis_of_take(equation.params)
+      indices = constants[equation.inputs[1]]
+      if others or output in program.outputs or axis is None or indices.ndim != 2:
+        continue
+      if reader.name == "dot_general" and reader.inputs[1] in constants:
+        contracted, batch = reader.params["dimension_numbers"]
+        if contracted[0] == (axis,) and not batch[0]:
+          takes[output] = _Take(equation.inputs[0], indices[:, 0].astype(np.intp))
+  return takes
 
 
 def _needed(program: Program) -> list[Equation]:
@@ -180,8 +300,15 @@ def _needed(program: Program) -> list[Equation]:
 def _constant(equation: Equation, known: dict[int, Any]) -> list[np.ndarray]:
   """The values of outputs that do not depend on the inputs."""
   if equation.name == "broadcast_in_dim":  # A view, where JAX would make a copy.
-    return [_broadcast(equation.params)(known[equation.inputs[0]])]
+    return [broadcast(equation.params)(known[equation.inputs[0]])]
   return list(map(np.asarray, equation.bind(*(known[i] for i in equation.inputs))))
+
+
+def _written_out(constant: np.ndarray, shape: Shape, like: np.ndarray) -> np.ndarray:
+  """A constant in this shape, in the order in which the other operand lies in memory."""
+  out = np.empty_like(like, constant.dtype, shape=shape)
+  out[...] = constant
+  return out
 
 
 def _same_type(program: Program, i: int, j: int) -> bool:
@@ -199,6 +326,7 @@ class _Product:
     data: the position of the operand that is not stored.
     matrix: the weights.  # shape=(inputs, outputs)
     rows: from the data to rows, with any number of leading axes.
+    axes: of the data that are summed over; none of a convolution.
     shape: of the output channels.
     first: whether these are the first axes of the output, and not the last.
   """
@@ -206,23 +334,41 @@ class _Product:
   data: int
   matrix: np.ndarray
   rows: Function
+  axes: tuple[int, ...]
   shape: tuple[int, ...]
   first: bool = False
 
-
-def _flat(rows: np.ndarray) -> np.ndarray:
-  return rows.reshape(-1, rows.shape[-1])
-
-
-def _multiply(product: _Product, multiply: Function, data: np.ndarray) -> np.ndarray:
-  rows = product.rows(data)
-  out = multiply(_flat(rows))
-  if product.first:
-    return out.T.reshape(*product.shape, *rows.shape[:-1])
-  return out.reshape(*rows.shape[:-1], *product.shape)
+  def times(self, multiply: Function, data: np.ndarray) -> np.ndarray:
+    """The product, by a function that multiplies rows with the matrix."""
+    rows = self.rows(data)
+    out = multiply(rows.reshape(-1, rows.shape[-1]))
+    if self.first:
+      return out.T.reshape(*self.shape, *rows.shape[:-1])
+    return out.reshape(*rows.shape[:-1], *self.shape)
 
 
-def _product(equation: Equation, program: Program, known: dict[int, Any]) -> _Product | None:
+def _ways(
+  product: _Product, take: _Take | None, shapes: list[Shape]
+) -> dict[str, Callable[[], Function]]:
+  """How to multiply the data, of which only some inputs may be taken."""
+
+  def sparse():
+    matrix = product.matrix
+    if take is not None:
+      matrix = np.zeros((shapes[take.source][product.axes[0]], matrix.shape[1]), matrix.dtype)
+      np.add.at(matrix, take.indices, product.matrix)
+    return functools.partial(product.times, runtime.sparse(matrix))
+
+  def dense():
+    multiply = functools.partial(product.times, runtime.dense(product.matrix))
+    if take is None:
+      return multiply
+    return lambda x: multiply(np.take(x, take.indices, product.axes[0], mode="clip"))
+
+  return {"dense": dense, "sparse": sparse}
+
+
+def _product(equation: Equation, known: dict[int, Any]) -> _Product | None:
   """The product that an equation is, if it is one with weights."""
   is_known = [i in known for i in equation.inputs]
   if equation.name == "conv_general_dilated" and is_known == [False, True]:
@@ -234,16 +380,17 @@ def _product(equation: Equation, program: Program, known: dict[int, Any]) -> _Pr
   if batch[0] or not contracted[0]:
     return None
   weights = known[equation.inputs[1 - data]]
-  axes, count = contracted[1 - data], len(contracted[0])
-  matrix = np.moveaxis(weights, axes, range(count))
+  count = len(contracted[0])
+  matrix = np.moveaxis(weights, contracted[1 - data], range(count))
   shape = matrix.shape[count:]
   matrix = matrix.reshape(int(np.prod(matrix.shape[:count])), -1)
 
   def rows(x):
-    x = np.moveaxis(x, contracted[data], range(x.ndim - count, x.ndim))
-    return x.reshape(*x.shape[: x.ndim - count], -1)
+    others = tuple(axis for axis in range(x.ndim) if axis not in contracted[data])
+    x = x.transpose(others + contracted[data])
+    return x.reshape(*x.shape[: len(others)], -1)
 
-  return _Product(data, matrix, rows, shape, first=data == 1)
+  return _Product(data, matrix, rows, contracted[data], shape, first=data == 1)
 
 
 def _conv(equation: Equation, kernel: np.ndarray) -> _Product:
@@ -263,179 +410,4 @@ def _conv(equation: Equation, kernel: np.ndarray) -> _Product:
       f" translated to NumPy, but there is one with {params}."
     )
   layer = runtime.Conv(kernel, strides=params["window_strides"], padding=params["padding"])
-  return _Product(0, layer.matrix, layer.rows, kernel.shape[-1:])
-
-
-# Everything else.
-
-
-def _function(equation: Equation, program: Program) -> Function:
-  """The operation of an equation; a ValueError names it if it is not known."""
-  name = equation.name
-  if name in _ELEMENTWISE:
-    return _ELEMENTWISE[name]
-  if name in _MADE:
-    return _MADE[name](equation.params)
-  if name == "dot_general":
-    ranks = (len(program.shapes[i]) for i in equation.inputs)
-    return functools.partial(np.einsum, as_einsum(equation, *ranks), optimize=True)
-  if name == "integer_pow":
-    return functools.partial(_power, equation.params["y"])
-  known = sorted({*_ELEMENTWISE, *_MADE, "conv_general_dilated", "dot_general", "integer_pow"})
-  raise ValueError(f"{name} cannot be translated to NumPy; what can is {', '.join(known)}.")
-
-
-def _power(y: int, x: np.ndarray) -> np.ndarray:
-  return functools.reduce(operator.mul, [x] * y) if 0 < y < 4 else x**y
-
-
-def _select(which: np.ndarray, *cases: np.ndarray) -> np.ndarray:
-  return np.choose(which, cases) if len(cases) > 2 else np.where(which, cases[1], cases[0])
-
-
-def _broadcast(params):
-  shape, axes = params["shape"], params["broadcast_dimensions"]
-
-  def broadcast(x):
-    sizes = dict(zip(axes, x.shape))
-    return np.broadcast_to(x.reshape([sizes.get(axis, 1) for axis in range(len(shape))]), shape)
-
-  return broadcast
-
-
-def _gather(params):
-  """Indices of one axis, as `jnp.take` takes them."""
-  numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-  (axis,) = numbers.start_index_map if len(numbers.start_index_map) == 1 else (None,)
-  others = tuple(a for a in range(len(sizes)) if a != axis)
-  is_known = params["mode"] in (jax.lax.GatherScatterMode.CLIP, _IN_BOUNDS)
-  if not is_known or numbers.collapsed_slice_dims != (axis,) or numbers.operand_batching_dims:
-    raise ValueError(f"a gather with {params} cannot be translated to NumPy.")
-
-  def gather(x, indices):
-    is_take = all(sizes[a] == x.shape[a] for a in others) and indices.ndim == 2
-    if not is_take or numbers.offset_dims != others:
-      raise ValueError(f"a gather with {numbers} of {sizes} cannot be translated to NumPy.")
-    return np.take(x, indices[:, 0], axis, mode="clip")
-
-  return gather
-
-
-def _windows(function, fill):
-  def make(params):
-    if {*params["base_dilation"], *params["window_dilation"]} != {1}:
-      raise ValueError("windows with dilation cannot be translated to NumPy.")
-    window, strides = params["window_dimensions"], params["window_strides"]
-
-    def reduce_windows(x):
-      x = np.pad(x, params["padding"], constant_values=fill)
-      ends = [n - w + 1 for n, w in zip(x.shape, window)]
-      parts = (
-        x[tuple(np.s_[o : o + end : step] for o, end, step in zip(offset, ends, strides))]
-        for offset in np.ndindex(*window)
-      )
-      first = next(parts).copy()
-      for part in parts:
-        function(first, part, out=first)
-      return first
-
-    return reduce_windows
-
-  return make
-
-
-def _reduced(function):
-  return lambda params: lambda x: function.reduce(x, axis=params["axes"], dtype=x.dtype)
-
-
-def _pad(params):
-  config = params["padding_config"]
-  if any(low < 0 or high < 0 or interior for low, high, interior in config):
-    raise ValueError("a pad that removes elements, or between them, cannot be translated to NumPy.")
-  widths = [(low, high) for low, high, _ in config]
-  return lambda x, fill: np.pad(x, widths, constant_values=fill)
-
-
-def _slice(params):
-  strides = params["strides"] or [1] * len(params["start_indices"])
-  where = tuple(map(slice, params["start_indices"], params["limit_indices"], strides))
-  return lambda x: x[where]
-
-
-def _split(params):
-  ends = np.cumsum(params["sizes"])[:-1]
-  return lambda x: np.split(x, ends, params["axis"])
-
-
-def _rsqrt(x):
-  return 1 / np.sqrt(x)
-
-
-def _logistic(x):
-  return 1 / (1 + np.exp(-x))
-
-
-def _same(x):
-  return x
-
-
-_ELEMENTWISE: dict[str, Function] = {
-  "abs": np.abs,
-  "add": np.add,
-  "add_any": np.add,
-  "and": np.bitwise_and,
-  "ceil": np.ceil,
-  "clamp": lambda low, x, high: np.clip(x, low, high),
-  "copy": _same,
-  "copy_p": _same,
-  "cos": np.cos,
-  "div": np.divide,
-  "eq": np.equal,
-  "exp": np.exp,
-  "expm1": np.expm1,
-  "floor": np.floor,
-  "ge": np.greater_equal,
-  "gt": np.greater,
-  "is_finite": np.isfinite,
-  "le": np.less_equal,
-  "log": np.log,
-  "log1p": np.log1p,
-  "logistic": _logistic,
-  "lt": np.less,
-  "max": np.maximum,
-  "min": np.minimum,
-  "mul": np.multiply,
-  "ne": np.not_equal,
-  "neg": np.negative,
-  "not": np.bitwise_not,
-  "or": np.bitwise_or,
-  "pow": np.power,
-  "rsqrt": _rsqrt,
-  "select_n": _select,
-  "sign": np.sign,
-  "sin": np.sin,
-  "sqrt": np.sqrt,
-  "square": np.square,
-  "stop_gradient": _same,
-  "sub": np.subtract,
-  "tanh": np.tanh,
-}
-_MADE: dict[str, Callable[[dict[str, Any]], Function]] = {
-  "broadcast_in_dim": _broadcast,
-  "concatenate": lambda params: lambda *xs: np.concatenate(xs, params["dimension"]),
-  "convert_element_type": lambda params: lambda x: x.astype(params["new_dtype"], copy=False),
-  "gather": _gather,
-  "pad": _pad,
-  "reduce_max": _reduced(np.maximum),
-  "reduce_min": _reduced(np.minimum),
-  "reduce_sum": _reduced(np.add),
-  "reduce_window_max": _windows(np.maximum, -np.inf),
-  "reduce_window_min": _windows(np.minimum, np.inf),
-  "reduce_window_sum": _windows(np.add, 0),
-  "reshape": lambda params: lambda x: x.reshape(params["new_sizes"]),
-  "rev": lambda params: lambda x: np.flip(x, params["dimensions"]),
-  "slice": _slice,
-  "split": _split,
-  "squeeze": lambda params: lambda x: np.squeeze(x, params["dimensions"]),
-  "transpose": lambda params: lambda x: np.transpose(x, params["permutation"]),
-}
+  return _Product(0, layer.matrix, layer.rows, (), kernel.shape[-1:])

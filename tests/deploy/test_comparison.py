@@ -20,6 +20,11 @@ def apply(params, x):
   return x @ params["out"]["kernel"] + params["out"]["bias"]
 
 
+@pytest.fixture(autouse=True)
+def no_long_turns(monkeypatch):
+  monkeypatch.setattr("sparsejax.deploy.comparison._TURN", 0.0)
+
+
 @pytest.fixture
 def masks(params):
   scores = jax.tree.map(jnp.abs, params)
@@ -70,7 +75,7 @@ def test_a_report_counts_what_is_there(pruned, masks, tmp_path):
   for variant, engines in zip(found.variants, (2, 1, 2, 1)):
     times = [each for of_engine in variant.seconds.values() for each in of_engine.values()]
     assert len(times) == 2 * engines and all(len(each) == 2 and min(each) > 0 for each in times)
-    assert len(variant.choices[30]) == 2
+    assert len(variant.choices[30]) == 2 and variant.threads[1] == 1
 
 
 def test_without_masks_and_labels_what_is_not_zero_is_active(pruned):
@@ -108,6 +113,7 @@ def test_the_conclusion_says_what_is_bought_and_what_is_not(pruned):
   )
   assert found.times_faster("sparse", 256) == 4  # The median of 4, 4 and 90.
   assert found.times_faster("sparse", 256, than="jax") == 1
+  assert found.fastest(256) == "sparse"
   bought, missed = found.conclusion.split(" It does not buy: ")
   assert "speed in NumPy at batch 256 (sparse): 4 times" in bought
   assert "speed in JAX at batch 256 (compact): 1 times" in missed

@@ -54,10 +54,15 @@ FUNCTIONS = {
 }
 
 
+def with_params(function):
+  """The function and something of its parameters, which not each of them uses."""
+  return lambda p, x: (function(p, x), p + 1)
+
+
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_outputs_are_those_of_jax(name, kind):
-  function, x = FUNCTIONS[name], random(2, 4, 3, 6)
+  function, x = with_params(FUNCTIONS[name]), random(2, 4, 3, 6)
   before = x.copy()
   translated = deploy.to_numpy(function, W, x, kind=kind)
   expected = function(jnp.asarray(W), jnp.asarray(x))
@@ -89,6 +94,41 @@ def test_the_faster_kind_is_chosen_in_each_layer(monkeypatch):
   assert translated.choices == ("dense", "dense")  # It has the shorter name.
 
 
+def test_indices_that_are_taken_are_built_into_a_sparse_matrix_and_taken_for_a_dense_one():
+  indices = np.array([4, 1, 1, 0])
+
+  def apply(p, x):
+    taken = jnp.take(x, indices, axis=1, mode="clip")
+    both = jnp.take(x, indices[:3], axis=1, mode="clip")  # It is read twice.
+    return taken @ p[:4] + both @ p[:3] + jnp.sum(both, 1, keepdims=True)
+
+  x = random(3, 5)
+  for kind in ("dense", "sparse"):
+    translated = deploy.to_numpy(apply, W, x, kind=kind)
+    assert_close(translated(x), apply(jnp.asarray(W), x))
+
+
+def test_examples_are_shared_out_among_threads(monkeypatch):
+  apply = lambda p, x, y: {"out": jnp.tanh(x @ p), "y": (x + y).sum(1)}
+  x, y = random(6, 6), random(6, 1)
+  expected = apply(jnp.asarray(W), x, y)
+  for threads in (1, 2, 3):
+    translated = deploy.to_numpy(apply, W, (x, y), kind="sparse", threads=threads)
+    assert translated.threads == threads
+    jax.tree.map(assert_close, translated(x, y), expected)
+  with pytest.raises(ValueError, match="threads=4 do not divide"):
+    deploy.to_numpy(apply, W, (x, y), threads=4)
+  monkeypatch.setattr("sparsejax.deploy.translation._count_cores", lambda: 3)
+  for faster in ("1", "3"):
+    monkeypatch.setattr(
+      "sparsejax.deploy.runtime.take_turns",
+      lambda calls, rounds, turn, faster=faster: {n: [int(n != faster)] for n in calls},
+    )
+    assert deploy.to_numpy(apply, W, (x, y), threads="fastest").threads == int(faster)
+  # Five examples are not divided by three.
+  assert deploy.to_numpy(apply, W, (x[:5], y[:5]), threads="fastest").threads == 1
+
+
 @pytest.mark.parametrize(
   "function, match",
   [
@@ -102,14 +142,22 @@ def test_the_faster_kind_is_chosen_in_each_layer(monkeypatch):
 )
 def test_what_cannot_be_translated_is_named(function, match):
   with pytest.raises(ValueError, match=match):
-    deploy.to_numpy(function, W, random(2, 4, 3, 6))
+    deploy.to_numpy(with_params(function), W, random(2, 4, 3, 6))
 
 
 def test_inputs_unlike_the_example_are_an_error():
   translated = deploy.to_numpy(lambda p, x: x @ p, W, random(2, 6))
-  with pytest.raises(
-    ValueError, match=r"shapes \[\(3, 6\)\].*\[\(2, 6\)\].*translate it for these"
-  ):
+  with pytest.raises(ValueError, match=r"of shape \(3, 6\), but.*\(2, 6\): translate it"):
     translated(random(3, 6))
   with pytest.raises(ValueError, match="float64"):
     translated(np.ones((2, 6)))
+
+
+def test_nan_and_parameters_of_another_function_are_errors():
+  apply = lambda p, x: x @ p["w"]
+  with pytest.raises(ValueError, match="'w' holds NaN"):
+    deploy.to_numpy(apply, {"w": np.full((6, 2), np.nan)}, random(2, 6))
+  with pytest.raises(ValueError, match="do the parameters belong to the function"):
+    deploy.to_numpy(apply, {"w": random(5, 2)}, random(2, 6))
+  with pytest.raises(ValueError, match="no sparse matrices of bfloat16"):
+    deploy.to_numpy(apply, {"w": jnp.ones((6, 2), jnp.bfloat16)}, random(2, 6), kind="sparse")

@@ -22,7 +22,9 @@ def folder(tmp_path_factory):
   """A finished run with its report."""
   folder = tmp_path_factory.mktemp("run")
   train.train(Run(SMOKE, "lenet300-digits", out=folder))
-  deploy.main([str(folder), "--batches", "2", "--rounds", "1"])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr("sparsejax.deploy.comparison._TURN", 0.0)
+    deploy.main([str(folder), "--batches", "2", "--rounds", "1"])
   return folder
 
 
@@ -75,6 +77,7 @@ def test_what_is_no_finished_run_is_an_error_that_says_so(folder, tmp_path):
   for name in ("config.json", "result.json"):
     shutil.copy(folder / name, tmp_path)
   assert "has no checkpoints" in error_of(tmp_path)
+  assert "cannot be written" in error_of(folder, "--out", tmp_path / "config.json" / "below")
   (tmp_path / "config.json").write_text("{")
   assert "config.json is damaged" in error_of(tmp_path)
   with pytest.raises(ValueError, match=r"batches=\(0,\) must be"):
