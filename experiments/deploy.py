@@ -3,7 +3,7 @@
     python -m experiments.deploy runs/lenet300-mnist-98/seed42 --data-dir DIR
 
 Writes `deploy.json`, `deploy.md` and `layout.png` into the run's folder, or into another one. All
-times are taken on this machine, by turns.
+times are taken on this machine, by turns. With --weights FILE, the network goes into a sparse file.
 """
 
 import dataclasses
@@ -39,6 +39,9 @@ class Options:
   """Directory of the data set; see the README."""
   out: pathlib.Path | None = None
   """Where the report goes; by default the folder of the run."""
+  weights: pathlib.Path | None = None
+  """A file that does not exist, for the trained network without its zeros: see
+  `sparsejax.deploy.load`. By default there is none."""
   batches: tuple[int, ...] = (1, 256)
   """Sizes of the batches to time."""
   rounds: int = 7
@@ -50,6 +53,7 @@ class Options:
       {
         "batches": (min(self.batches, default=0) >= 1, "one or more numbers of at least 1"),
         "rounds": (self.rounds >= 1, "at least 1"),
+        "weights": (not (self.weights and self.weights.exists()), "a file that does not exist"),
       },
     )
 
@@ -101,11 +105,11 @@ _TARGETS_OF = {
 }
 
 
-def make_report(options: Options) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def make_report(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
   """Restores a run, and measures its network.
 
   Returns:
-    What goes into the JSON, and the kernels by name.
+    What goes into the JSON, and the variables of the network.
 
   Raises:
     ValueError: if the run is not finished, or is of no use here; it says why.
@@ -123,11 +127,12 @@ def make_report(options: Options) -> tuple[dict[str, Any], dict[str, np.ndarray]
   if state.batch_stats:
     variables["batch_stats"] = state.batch_stats
     masks["batch_stats"] = methods.full_masks(state.batch_stats)
+  variables = jax.device_get(variables)
   model = MODELS[run.recipe.model](classes=dataset.classes, width=run.recipe.width)
   hardware = records.hardware()
   report = deploy.report(
     model.apply,
-    jax.device_get(variables),
+    variables,
     np.asarray(normalize(jnp.asarray(dataset.test_images), dataset.mean, dataset.std)),
     labels=dataset.test_labels,
     masks=masks,
@@ -146,12 +151,7 @@ def make_report(options: Options) -> tuple[dict[str, Any], dict[str, np.ndarray]
     "conclusion": report.conclusion,
     "targets": [_check(target, report) for target in _targets(run.name, report)],
   }
-  names = [row.name for row in sparsejax.summary(variables, masks).layers]
-  leaves = {
-    jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
-  }
-  return record, {name: leaves[name] for name in names}
+  return record, variables
 
 
 def _read_run(options: Options) -> tuple[Run, dict[str, Any]]:
@@ -262,22 +262,33 @@ def _check_writable(out: pathlib.Path) -> None:
     raise ValueError(f"out={out} cannot be written: {error}") from error
 
 
+def _plot(path: pathlib.Path, record: dict[str, Any], variables: dict[str, Any]) -> None:
+  kernels = {
+    jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(variables)
+    if sparsejax.is_kernel(keys, leaf)
+  }
+  left = {
+    row["name"]: ", ".join(map(_times, row["new_shapes"])) or "nothing"
+    for row in record["report"]["compaction"]["rows"]
+  }
+  title = f"{record['config']['recipe']}: where the weights lie"
+  layouts.plot_layout(path, title, kernels, left)
+
+
 def main(args: list[str] | None = None) -> None:
   with commands.errors_as_messages():
     options = tyro.cli(Options, prog="python -m experiments.deploy", args=args)
     out = options.out or options.run
     _check_writable(out)
-    record, kernels = make_report(options)
+    record, variables = make_report(options)
     record = json.loads(records.to_json(record))  # As it is read again.
     text = to_markdown(record)
     records.replace_file(out / "deploy.json", records.to_json(record))
     records.replace_file(out / "deploy.md", text)
-    left = {
-      row["name"]: ", ".join(map(_times, row["new_shapes"])) or "nothing"
-      for row in record["report"]["compaction"]["rows"]
-    }
-    title = f"{record['config']['recipe']}: where the weights lie"
-    layouts.plot_layout(out / "layout.png", title, kernels, left)
+    _plot(out / "layout.png", record, variables)
+    if options.weights:
+      deploy.save(options.weights, variables)
     print(text)
 
 

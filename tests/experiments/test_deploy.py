@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
+import sparsejax.deploy
 from experiments import data, deploy, records, train
 from experiments import recipe as recipe_lib
 from experiments.benchmark import report as benchmark_report
@@ -24,7 +25,8 @@ def folder(tmp_path_factory):
   train.train(Run(SMOKE, "lenet300-digits", out=folder))
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr("sparsejax.deploy.comparison._TURN", 0.0)
-    deploy.main([str(folder), "--batches", "2", "--rounds", "1"])
+    weights = str(folder / "weights")
+    deploy.main([str(folder), "--batches", "2", "--rounds", "1", "--weights", weights])
   return folder
 
 
@@ -42,6 +44,16 @@ def test_the_report_is_of_the_network_that_was_trained(folder, record):
   assert record["report"]["examples"] == len(data.load("digits").test_labels)
   assert record["config"]["recipe"] == "lenet300-digits"
   assert all(target["reached"] for target in record["targets"])
+
+
+def test_the_weights_go_into_a_file_of_the_size_that_is_reported(folder, record):
+  weights = folder / "weights"
+  assert weights.stat().st_size == record["report"]["variants"][1]["file_bytes"]
+  result = records.read_json(folder / "result.json")
+  kernels = [leaf["kernel"] for leaf in sparsejax.deploy.load(weights)["params"].values()]
+  assert sum(map(np.count_nonzero, kernels)) == result["pool"] - result["pruned"]
+  with pytest.raises(ValueError, match="must be a file that does not exist"):
+    deploy.Options(folder, weights=weights)
 
 
 def test_the_page_is_made_of_the_json_and_the_picture_is_small(folder, record):
