@@ -115,7 +115,6 @@ COMMITTED = sorted((RESULTS / "deploy").glob("*/deploy.json"))
 def test_committed_reports_are_made_of_their_json(path):
   record = records.read_json(path)
   assert path.with_suffix(".md").read_text() == deploy.to_markdown(record)
-  assert all(target["reached"] for target in record["targets"])
   assert path.with_name("layout.png").stat().st_size < 300_000
   assert "dirty" not in record["commit"]
 
