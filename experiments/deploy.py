@@ -21,10 +21,21 @@ import numpy as np
 import tyro
 
 import sparsejax
-from experiments import commands, cycles, data, imagenet, layouts, methods, records, training
+from experiments import (
+  commands,
+  cycles,
+  data,
+  imagenet,
+  layouts,
+  methods,
+  records,
+  train,
+  training,
+)
 from experiments.augment import normalize
 from experiments.models import MODELS
 from experiments.recipe import from_config
+from experiments.recipes import RECIPES
 from experiments.run import Run
 from sparsejax import deploy
 
@@ -129,6 +140,7 @@ def make_report(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
     masks["batch_stats"] = methods.full_masks(state.batch_stats)
   variables = jax.device_get(variables)
   model = MODELS[run.recipe.model](classes=dataset.classes, width=run.recipe.width)
+  changes = _changes(run)
   hardware = records.hardware()
   report = deploy.report(
     model.apply,
@@ -140,7 +152,8 @@ def make_report(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
     rounds=options.rounds,
   )
   record = {
-    "config": {"recipe": run.name, "seed": run.seed, **dataclasses.asdict(run.recipe)},
+    "config": train.make_config(run),
+    "changes": changes,
     "trained": {key: result[key] for key in ("test_accuracy", "pruned", "pool", "commit")},
     "hardware": hardware,
     **records.provenance(),
@@ -149,7 +162,7 @@ def make_report(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
     "table": report.cells,
     "gains": dict(report.gains),
     "conclusion": report.conclusion,
-    "targets": [_check(target, report) for target in _targets(run.name, report)],
+    "targets": [_check(target, report) for target in _targets(run, changes, report)],
   }
   return record, variables
 
@@ -164,10 +177,18 @@ def _read_run(options: Options) -> tuple[Run, dict[str, Any]]:
   return run, records.read_json(options.run / "result.json")
 
 
-def _targets(name: str, report: deploy.Report) -> Iterator[Target]:
+def _changes(run: Run) -> list[str]:
+  """In what a run differs from its recipe."""
+  if run.name not in RECIPES:
+    return []
+  own = dataclasses.replace(run, recipe=RECIPES[run.name])
+  return records.find_differences(train.make_config(run), train.make_config(own))
+
+
+def _targets(run: Run, changes: list[str], report: deploy.Report) -> Iterator[Target]:
   yield from _TARGETS
-  if 256 in report.batches:
-    yield from _TARGETS_OF.get(name, ())
+  if 256 in report.batches and not changes:
+    yield from _TARGETS_OF.get(run.name, ())
 
 
 def _check(target: Target, report: deploy.Report) -> dict[str, Any]:
@@ -196,8 +217,9 @@ def to_markdown(record: dict[str, Any]) -> str:
       for each in targets
     ]
   )
+  changed = f" with {', '.join(record['changes'])}" if record["changes"] else ""
   parts = [
-    f"# `{config['recipe']}`, seed {config['seed']}: what the sparsity buys",
+    f"# `{config['recipe']}`{changed}, seed {config['seed']}: what the sparsity buys",
     f"{config['model']} on {config['data']}, {config['epochs']} epochs: {trained['pruned']:,} of"
     f" {trained['pool']:,} weights pruned, {trained['test_accuracy']:.2f} % test accuracy at the"
     " end of training.",
@@ -272,7 +294,7 @@ def _plot(path: pathlib.Path, record: dict[str, Any], variables: dict[str, Any])
     row["name"]: ", ".join(map(_times, row["new_shapes"])) or "nothing"
     for row in record["report"]["compaction"]["rows"]
   }
-  title = f"{record['config']['recipe']}: where the weights lie"
+  title = f"{record['config']['model']} on {record['config']['data']}: where the weights lie"
   layouts.plot_layout(path, title, kernels, left)
 
 

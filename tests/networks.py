@@ -11,7 +11,7 @@ from experiments.models import MODELS
 NETWORKS = {
   "lenet300": dict(size=8, channels=1),
   "lenet5-caffe": dict(size=28, channels=1),
-  "vgg-like": dict(size=32, channels=3, width=0.25),
+  "vgg-like": dict(size=32, channels=3, width=0.125),
   "resnet20": dict(size=32, channels=3),
 }
 

@@ -60,6 +60,8 @@ def test_the_page_is_made_of_the_json_and_the_picture_is_small(folder, record):
   text = (folder / "deploy.md").read_text()
   assert text == deploy.to_markdown(record)
   assert record["conclusion"] in text and "| sparse |" in text
+  # It is a smoke version, which the title must not hide.
+  assert "epochs=2" in text.splitlines()[0]
   assert "| params/Dense_0/kernel | 64x38 |" in text
   picture = (folder / "layout.png").read_bytes()
   assert picture.startswith(b"\x89PNG") and len(picture) < 300_000
