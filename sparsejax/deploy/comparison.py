@@ -7,7 +7,7 @@ import pathlib
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -223,42 +223,18 @@ def report(
       f"the outputs for {examples} examples have shape {original.shape}, but with labels they must"
       " be logits, one row for each."
     )
-  active = masks_lib.leaves_by_name(jax.tree.map(masks_lib.count_kept, masks))
-  forms = {
-    "dense": (apply_fn, params, False, compaction.parameters, compaction.dense_flops),
-    "sparse": (
-      apply_fn,
-      params,
-      True,
-      sum(map(int, active.values())),
-      _active_flops(compaction, "dense_flops", masks_lib.leaves_by_name(params)),
-    ),
-    "compact": (
-      compacted.apply,
-      compacted.params,
-      False,
-      compaction.new_parameters,
-      compaction.flops,
-    ),
-    "compact, sparse": (
-      compacted.apply,
-      compacted.params,
-      True,
-      sum(int(np.count_nonzero(x)) for x in compacted.params.values()),
-      _active_flops(compaction, "flops", compacted.params),
-    ),
-  }
+  forms = _forms(apply_fn, params, masks, compacted)
   seconds, networks, differences = _measure(forms, inputs, original, batches, rounds)
   variants = []
-  for name, (function, own, is_sparse, parameters, flops) in forms.items():
-    content, read = _through_file(own, is_sparse)
-    outputs = original if name == "dense" else _outputs(function, read, inputs)
+  for name, form in forms.items():
+    content, read = _through_file(form)
+    outputs = original if name == "dense" else _outputs(form.apply_fn, read, inputs)
     accuracy = None if labels is None else np.mean(np.argmax(outputs, -1) == np.asarray(labels))
     variants.append(
       Variant(
         name,
-        parameters,
-        flops,
+        form.parameters,
+        form.flops,
         len(content),
         # Of the time, the file would have another size in each second.
         len(gzip.compress(content, mtime=0)),
@@ -271,6 +247,33 @@ def report(
     )
   device = jax.devices()[0].device_kind
   return Report(tuple(variants), compaction, examples, device)
+
+
+class _Form(NamedTuple):
+  """A variant before it is measured."""
+
+  apply_fn: Callable[..., Any]
+  params: PyTree
+  is_sparse: bool
+  parameters: int
+  flops: int
+
+
+def _forms(apply_fn, params, masks, compacted):
+  """The variants by name."""
+  compaction, small = compacted.report, compacted.params
+  kept = sum(int(masks_lib.count_kept(mask)) for mask in jax.tree.leaves(masks))
+  flops = _active_flops(compaction, "dense_flops", masks_lib.leaves_by_name(params))
+  nonzero = sum(int(np.count_nonzero(array)) for array in small.values())
+  small_flops = _active_flops(compaction, "flops", small)
+  of_dense = compaction.parameters, compaction.dense_flops
+  of_small = compaction.new_parameters, compaction.flops
+  return {
+    "dense": _Form(apply_fn, params, False, *of_dense),
+    "sparse": _Form(apply_fn, params, True, kept, flops),
+    "compact": _Form(compacted.apply, small, False, *of_small),
+    "compact, sparse": _Form(compacted.apply, small, True, nonzero, small_flops),
+  }
 
 
 def _count(inputs, labels):
@@ -303,23 +306,22 @@ def _difference(outputs, original):
 
 def _active_flops(compaction, kind, arrays):
   """Operations of the weights that are not zero."""
-  total = 0
-  for row in compaction.rows:
-    of_leaf = [np.asarray(arrays[row.name])] if row.name in arrays else []
-    flops = getattr(row, kind)
-    if flops and of_leaf:
-      total += round(flops * np.count_nonzero(of_leaf[0]) / of_leaf[0].size)
-  return total
+  flops = {row.name: getattr(row, kind) for row in compaction.rows}
+  return sum(
+    round(flops[name] * np.count_nonzero(array) / np.size(array))
+    for name, array in arrays.items()
+    if flops.get(name)
+  )
 
 
-def _through_file(params, is_sparse):
+def _through_file(form):
   """What a file of these parameters holds, and what is read of it."""
-  if not is_sparse:
-    return files.dense(params), params
+  if not form.is_sparse:
+    return files.dense(form.params), form.params
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "network.safetensors"
-    files.save(path, params)
-    return path.read_bytes(), files.load(path, like=params)
+    files.save(path, form.params)
+    return path.read_bytes(), files.load(path, like=form.params)
 
 
 def _measure(forms, inputs, original, batches, rounds):
@@ -331,15 +333,16 @@ def _measure(forms, inputs, original, batches, rounds):
     where = np.arange(batch) % len(original)
     examples, expected = _take(inputs, where), original[where]
     functions = {}
-    for name, (apply_fn, params, is_sparse, *_) in forms.items():
-      kind = "fastest" if is_sparse else "dense"
+    for name, form in forms.items():
+      kind = "fastest" if form.is_sparse else "dense"
       # NumPy's dense products have threads of their own.
       threads = 1 if name == "dense" else "fastest"
-      network = to_numpy(apply_fn, params, examples, kind=kind, threads=threads, rounds=rounds)
-      networks[name][batch] = network
+      network = networks[name][batch] = to_numpy(
+        form.apply_fn, form.params, examples, kind=kind, threads=threads, rounds=rounds
+      )
       functions[name, "numpy"] = functools.partial(network, *examples)
-      if not is_sparse:  # To JAX, zeros are numbers.
-        functions[name, "jax"] = _in_jax(apply_fn, params, examples)
+      if not form.is_sparse:  # To JAX, zeros are numbers.
+        functions[name, "jax"] = _in_jax(form.apply_fn, form.params, examples)
     for (name, _), function in functions.items():
       differences[name] = max(differences[name], _difference(function(), expected))
     for (name, engine), times in runtime.take_turns(functions, rounds, turn=_TURN).items():
