@@ -1,6 +1,7 @@
 """The epochs of a run, cycle after cycle: logged, saved, cut by a time limit, and resumed."""
 
 import contextlib
+import functools
 import json
 import math
 import time
@@ -62,15 +63,9 @@ def train_cycles(
   recipe, steps = run.recipe, trainer.steps_per_epoch
   total = recipe.total_epochs
 
-  def whole_variables(state):
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    # A copy, since an epoch uses up its state.
-    variables = jax.tree.map(jnp.copy, variables)
-    return distributed.place(variables, distributed.everywhere(trainer.mesh))
-
+  whole_variables = functools.partial(_whole_variables, trainer)
   initial = whole_variables(state)
-  first = Round(np.array(-1), methods.full_masks(initial), initial, initial)
-  progress = Progress(state, first if recipe.cycles > 1 else None)
+  progress = _begin(recipe, state, initial)
   longest = 0.0
 
   def is_late():
@@ -133,6 +128,43 @@ def train_cycles(
         if is_late():
           break
   return progress.state, metrics
+
+
+def restore_finished(run: Run, trainer: Trainer) -> TrainState:
+  """The state that a finished run has ended with.
+
+  Args:
+    run: which.
+    trainer: of its recipe.
+
+  Raises:
+    ValueError: if its last checkpoint is not there, or is damaged.
+  """
+  folder = run.folder / "checkpoints"
+  if not folder.exists():
+    raise ValueError(f"{run.folder} has no checkpoints: a run that is trained by itself has")
+  state = trainer.init()
+  with checkpoints.open_checkpoints(folder) as saved:
+    like = _begin(run.recipe, state, _whole_variables(trainer, state))
+    progress, metrics = saved.restore_latest(like)
+  if len(metrics) != run.recipe.total_epochs:
+    raise ValueError(
+      f"{folder} has no checkpoint of the end of the run, after {run.recipe.total_epochs} epochs"
+    )
+  return progress.state
+
+
+def _begin(recipe: Recipe, state: TrainState, initial: Variables) -> Progress:
+  """Before the first epoch."""
+  first = Round(np.array(-1), methods.full_masks(initial), initial, initial)
+  return Progress(state, first if recipe.cycles > 1 else None)
+
+
+def _whole_variables(trainer: Trainer, state: TrainState) -> Variables:
+  """A copy of them on all devices, since an epoch uses up its state."""
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  variables = jax.tree.map(jnp.copy, variables)
+  return distributed.place(variables, distributed.everywhere(trainer.mesh))
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import re
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import tyro
 
@@ -254,6 +255,25 @@ def _is_pattern(text: str) -> bool:
   except re.error:
     return False
   return True
+
+
+def from_config(config: Mapping[str, Any]) -> Recipe:
+  """The recipe of a run, from the contents of its `config.json`.
+
+  Raises:
+    ValueError: if a field of it is unknown, missing or out of bounds.
+  """
+  nested = {"augmentation": Augmentation, "dynamic": Dynamic, "published": Published}
+  fields = {key: value for key, value in config.items() if key not in ("recipe", "seed")}
+  for key, kind in nested.items():
+    if fields.get(key) is not None:
+      fields[key] = kind(**fields[key])
+  # JSON has no tuples.
+  fields = {key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()}
+  try:
+    return Recipe(**fields)
+  except TypeError as error:
+    raise ValueError(f"the config is not one of this version of the program: {error}") from error
 
 
 def smoke(recipe: Recipe) -> Recipe:

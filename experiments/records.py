@@ -6,11 +6,15 @@ import fcntl
 import importlib.metadata
 import itertools
 import json
+import os
 import pathlib
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from typing import Any
+
+import jax
 
 import sparsejax
 from experiments.recipe import Dynamic, Recipe
@@ -186,6 +190,26 @@ def provenance() -> dict[str, Any]:
     commit = None
   versions = {package: importlib.metadata.version(package) for package in PACKAGES}
   return {"commit": commit, "versions": {"python": platform.python_version(), **versions}}
+
+
+def hardware() -> dict[str, Any]:
+  """What times are taken on."""
+  return {
+    "platform": jax.default_backend(),
+    "device": jax.devices()[0].device_kind,
+    "devices": jax.device_count(),
+    "processor": _processor(),
+    "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    # How many processes wanted a core in the last minute.
+    "load": os.getloadavg()[0],
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
+  }
+
+
+def _processor() -> str:
+  path = pathlib.Path("/proc/cpuinfo")
+  found = path.exists() and re.search(r"model name\s*: (.*)", path.read_text())
+  return found[1] if found else platform.processor() or platform.machine()
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -27,6 +27,16 @@ def test_tables_are_those_of_the_results():
     assert table.strip() == (ROOT / path).read_text().strip()
 
 
+def test_excerpts_are_those_of_the_results():
+  """Of a report: the table of its networks, and what it concludes."""
+  excerpts = re.findall(
+    r"<!-- excerpt of (.*?) -->\n(.*?)<!-- end of excerpt -->", README, re.DOTALL
+  )
+  assert excerpts
+  for path, excerpt in excerpts:
+    assert excerpt.strip() and excerpt.strip() in (ROOT / path).read_text()
+
+
 def test_as_many_networks_are_there_as_it_says():
   assert f"in Flax Linen, {len(MODELS)} of them" in README
 

@@ -1,10 +1,7 @@
 """The command: what it measures, on what, and where the report goes."""
 
 import dataclasses
-import os
 import pathlib
-import platform
-import re
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -14,7 +11,7 @@ import tqdm
 import tyro
 
 from experiments import commands, loading, records
-from experiments.benchmark import devices, networks, report, selection, steps
+from experiments.benchmark import devices, inference, networks, report, selection, steps
 from experiments.benchmark.trees import TREES, shapes_of
 from experiments.recipes import RECIPES
 
@@ -30,12 +27,23 @@ class Options:
   """Measures the library against plain JAX."""
 
   what: tyro.conf.Positional[
-    Literal["all", "selection", "step", "network", "devices", "abstract", "training", "loader"]
+    Literal[
+      "all",
+      "selection",
+      "step",
+      "network",
+      "devices",
+      "abstract",
+      "training",
+      "loader",
+      "inference",
+    ]
   ]
-  """What to measure; all is all but the last two."""
+  """What to measure; all is all but the last three."""
   out: pathlib.Path | None = None
-  """Folder for benchmark.json, with the raw numbers, and benchmark.md, with tables of them. By
-  default experiments/results for all; a single measurement only prints its tables."""
+  """Folder for benchmark.json, with the raw numbers, and benchmark.md, with tables of them; a
+  single measurement gives its name to them. By default experiments/results for all; a single
+  measurement only prints its tables."""
   trees: tuple[Tree, ...] = ("convnet-small", "lenet300", "resnet18", "resnet50", "gpt2")
   """Shapes of the parameters, for selection and step."""
   mesh_trees: tuple[Tree, ...] = ("resnet18",)
@@ -73,6 +81,10 @@ class Options:
   """Directory of ImageNet, for the loader."""
   sparsity: float = 0.729
   """The fraction to prune."""
+  sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99)
+  """The same for inference."""
+  batches: tuple[int, ...] = (1, 256)
+  """Sizes of the batches, for inference."""
   rounds: int = 7
   """How often each variant has its turn; what takes very long has fewer."""
 
@@ -81,6 +93,8 @@ class Options:
       self,
       {
         "sparsity": (0 < self.sparsity < 1, "in (0, 1)"),
+        "sparsities": (all(0 < s < 1 for s in self.sparsities), "in (0, 1)"),
+        "batches": (min(self.batches, default=0) >= 1, "at least 1"),
         "rounds": (self.rounds >= 1, "at least 1"),
         "lengths": (min(self.lengths, default=0) >= 1, "at least 1"),
         "devices": (min(self.devices, default=0) >= 1, "at least 1"),
@@ -171,6 +185,12 @@ def _loader(options: Options) -> Rows:
   )
 
 
+def _inference(options: Options) -> Rows:
+  return list(
+    inference.measure_inference(options.sparsities, options.batches, rounds=options.rounds)
+  )
+
+
 def _on_mesh(function: Callable[[Options], Rows]) -> Callable[[Options], Rows]:
   return lambda options: devices.with_devices(max(options.devices), function, options)
 
@@ -183,6 +203,7 @@ MEASUREMENTS: dict[str, Callable[[Options], Rows]] = {
   "abstract": _on_mesh(_abstract),
   "training": _training,
   "loader": _loader,
+  "inference": _inference,
 }
 
 
@@ -199,30 +220,13 @@ def measure(options: Options) -> dict[str, Any]:
     measured[name] = MEASUREMENTS[name](options)
     seconds[name] = time.perf_counter() - started
   return {
-    "hardware": _hardware(),
+    "hardware": records.hardware(),
     **records.provenance(),
     "rounds": options.rounds,
     "sparsity": options.sparsity,
     "seconds": seconds,
     "measured": measured,
   }
-
-
-def _hardware() -> dict[str, Any]:
-  return {
-    "platform": jax.default_backend(),
-    "device": jax.devices()[0].device_kind,
-    "devices": jax.device_count(),
-    "processor": _processor(),
-    "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-    "xla_flags": os.environ.get("XLA_FLAGS", ""),
-  }
-
-
-def _processor() -> str:
-  path = pathlib.Path("/proc/cpuinfo")
-  found = path.exists() and re.search(r"model name\s*: (.*)", path.read_text())
-  return found[1] if found else platform.processor() or platform.machine()
 
 
 def _on_cpu() -> bool:
@@ -239,6 +243,7 @@ def main(args: list[str] | None = None) -> None:
       return
     text = report.to_markdown(record)
     out.mkdir(parents=True, exist_ok=True)
-    records.replace_file(out / "benchmark.json", records.to_json(record))
-    records.replace_file(out / "benchmark.md", text)
+    name = "benchmark" if options.what == "all" else options.what
+    records.replace_file(out / f"{name}.json", records.to_json(record))
+    records.replace_file(out / f"{name}.md", text)
     print(text)

@@ -12,9 +12,11 @@ from experiments.benchmark.targets import target_rows
 
 def to_markdown(record: Record) -> str:
   """The whole report of a run."""
-  targets = figures.table(["target", "of", "figure", "verdict"], target_rows(record))
-  parts = ["# Benchmarks", _provenance(record), "## Targets", targets, *sections(record)]
-  return "\n\n".join(parts) + "\n"
+  parts = ["# Benchmarks", _provenance(record)]
+  if record["measured"].keys() != {"inference"}:  # Which has its targets in `experiments.deploy`.
+    header = ["target", "of", "figure", "verdict"]
+    parts += ["## Targets", figures.table(header, target_rows(record))]
+  return "\n\n".join([*parts, *sections(record)]) + "\n"
 
 
 def sections(record: Record) -> list[str]:
@@ -35,14 +37,21 @@ def _provenance(record: Record) -> str:
   packages = ", ".join(f"{name} {version}" for name, version in versions.items())
   flags = f" XLA_FLAGS: `{hardware['xla_flags']}`." if hardware["xla_flags"] else ""
   minutes = sum(record["seconds"].values()) / 60
+  # Results that are older do not have it.
+  load = f", {hardware['load']:.1f} processes at work on them after" if "load" in hardware else ""
+  sparsity = f"Sparsity {record['sparsity']:.1%}, " if _has_one_sparsity(record) else ""
   return (
-    f"Device {hardware['device']}; host {hardware['processor']}, cores {hardware['cores']}; made"
-    f" in {minutes:.1f} minutes, commit {record['commit']}, {packages}.{flags}\n\n"
-    f"Sparsity {record['sparsity']:.1%}, {record['rounds']} rounds, in each of which all variants"
+    f"Device {hardware['device']}; host {hardware['processor']}, cores {hardware['cores']}{load};"
+    f" made in {minutes:.1f} minutes, commit {record['commit']}, {packages}.{flags}\n\n"
+    f"{sparsity}{record['rounds']} rounds, in each of which all variants"
     " of a row have their turn; what takes very long has fewer. A figure is the median with the"
     " first and the third quartile, a ratio is one of two times of the same round, and a single"
     " number was measured once."
   )
+
+
+def _has_one_sparsity(record: Record) -> bool:
+  return not all("sparsity" in row for row in itertools.chain(*record["measured"].values()))
 
 
 def _bandwidth(record: Record) -> list[str]:

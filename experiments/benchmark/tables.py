@@ -283,4 +283,26 @@ TABLES = (
       ("images per second", lambda row: f"{median(row['images_per_second']):,.0f}"),
     ),
   ),
+  Table(
+    "Inference on the host",
+    ("inference",),
+    "Random weights, pruned by magnitude. `deploy.to_numpy` multiplies with SciPy's CSR matrices or"
+    " with dense ones, whichever took less time in each layer, in one thread or in all, whichever"
+    " took less time. CSR takes one thread, NumPy's dense products take their own. To JAX, zeros"
+    " are numbers like others. A turn of a variant is a fifth of a second, of which the fastest"
+    " call counts.",
+    (
+      ("network", _value("network")),
+      ("pruned", lambda row: f"{row['sparsity']:.0%}"),
+      ("batch", _value("batch_size")),
+      ("NumPy, dense", _seconds("dense")),
+      ("CSR in all layers", _seconds("sparse")),
+      ("`deploy.to_numpy`", _seconds("fastest")),
+      ("its layers", lambda row: ", ".join(row["choices"])),
+      ("its threads", _value("threads")),
+      ("JAX, dense", _seconds("jax")),
+      ("`deploy.to_numpy`, times faster than NumPy", _ratio("dense", "fastest")),
+      ("than JAX", _ratio("jax", "fastest")),
+    ),
+  ),
 )

@@ -1,7 +1,29 @@
-"""From trained sparse networks to smaller ones: checked, compacted, stored, and run."""
+"""From trained sparse networks to smaller ones: checked, compacted, stored, run, and reported.
 
-from sparsejax.deploy.compaction import Compacted, Report, Row, compact
+`save`, `load`, `runtime` and `report` need the extra `deploy`; the others do not.
+"""
+
+from sparsejax.deploy import runtime
+from sparsejax.deploy.compacted import Compacted
+from sparsejax.deploy.compaction import compact
+from sparsejax.deploy.compaction_report import CompactionReport, CompactionRow
+from sparsejax.deploy.comparison import Report, Variant, report
 from sparsejax.deploy.files import load, save
 from sparsejax.deploy.final import finalize
+from sparsejax.deploy.translation import Translated, to_numpy
 
-__all__ = ("Compacted", "Report", "Row", "compact", "finalize", "load", "save")
+__all__ = (
+  "Compacted",
+  "CompactionReport",
+  "CompactionRow",
+  "Report",
+  "Translated",
+  "Variant",
+  "compact",
+  "finalize",
+  "load",
+  "report",
+  "runtime",
+  "save",
+  "to_numpy",
+)

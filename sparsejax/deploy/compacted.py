@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparsejax import masks as masks_lib
 from sparsejax.deploy import program as programs
+from sparsejax.deploy.compaction_report import CompactionReport
 from sparsejax.deploy.contraction import Contraction, rule_of
 from sparsejax.deploy.program import Program
-from sparsejax.deploy.report import Report
 from sparsejax.deploy.sites import Indices, Site, cut
 
 
@@ -52,7 +53,7 @@ class Compacted:
   """
 
   params: dict[str, jax.Array]
-  report: Report
+  report: CompactionReport
   _apply_fn: Callable[..., Any] = dataclasses.field(repr=False)
   _param_types: Any = dataclasses.field(repr=False)
   _input_types: Any = dataclasses.field(repr=False)
@@ -70,9 +71,10 @@ class Compacted:
     """Computes the outputs with parameters like `params`.
 
     Raises:
-      ValueError: if the inputs differ from the example in more than the batch size, or if the
-        function does other things at this batch size.
+      ValueError: if the parameters or the inputs are of another network, or differ from the example
+        in more than the batch size, or if the function does other things at this batch size.
     """
+    masks_lib.check_same_structure(params, self.params, "the parameters", "those of this network")
     inputs = jax.tree.map(jnp.asarray, inputs)
     self._check(inputs)
     program = self._program_for(inputs)

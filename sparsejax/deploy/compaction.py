@@ -11,8 +11,8 @@ import numpy as np
 from sparsejax import masks as masks_lib
 from sparsejax.deploy import program as programs
 from sparsejax.deploy.compacted import Compacted, Step
+from sparsejax.deploy.compaction_report import CompactionReport, CompactionRow
 from sparsejax.deploy.plan import Plan
-from sparsejax.deploy.report import Report, Row
 from sparsejax.deploy.sites import Indices, cut, positions
 from sparsejax.masks import PyTree
 
@@ -71,7 +71,7 @@ def compact(apply_fn: Callable[..., Any], params: PyTree, example_inputs: Any) -
   """
   inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
   params, inputs = _arrays(params), jax.tree.map(jnp.asarray, inputs)
-  program = _trace(apply_fn, params, inputs)
+  program = programs.trace_of(apply_fn, params, inputs)
   inputs, program, other, batched = _with_batch(apply_fn, params, inputs, program)
   values = programs.evaluate(program, jax.tree.leaves(params), jax.tree.leaves(inputs))
   names = list(masks_lib.leaves_by_name(params))
@@ -115,20 +115,6 @@ def _arrays(params):
     return array
 
   return jax.tree_util.tree_map_with_path(checked, params)
-
-
-def _trace(apply_fn, params, inputs):
-  try:
-    program = programs.trace(apply_fn, params, inputs)
-  except Exception as error:
-    raise ValueError(
-      "apply_fn(params, *example_inputs) fails; do the parameters belong to the function?"
-      f" {type(error).__name__}: {error}"
-    ) from error
-  used = {i for equation in program.equations for i in equation.inputs}
-  if not used.intersection(program.params):
-    raise ValueError("apply_fn uses none of the parameters: they do not belong to it.")
-  return program
 
 
 def _with_batch(apply_fn, params, inputs, program):
@@ -226,7 +212,9 @@ def _step(plan, number, store):
   if not inputs.is_empty:
     constants[contraction.weights] = store.add(weights, inputs.left)
     for axis in inputs.gathers:
-      indices = positions(inputs.take[axis], kept[data][axis]).astype(np.int32)
+      indices = positions(inputs.take[axis], kept[data][axis])
+      is_short = site.shapes_in[contraction.data][axis] <= 2**16
+      indices = indices.astype(np.uint16 if is_short else np.int32)
       gathers[axis] = store.put(indices, owner, "/inputs")
   folded = inputs.folded
   if folded is not None:
@@ -240,12 +228,12 @@ def _report(plan, store, batch):
   for leaf, shape in store.shapes.items():
     extra = sum(map(math.prod, store.extras.get(leaf, ())))
     left = tuple(store.weights.get(leaf, ()))
-    rows.append(Row(leaf, shape, left, extra, *flops.get(leaf, (None, None))))
+    rows.append(CompactionRow(leaf, shape, left, extra, *flops.get(leaf, (None, None))))
   unknown = {}
   for site in plan.unknown:
     touched = unknown.setdefault(site.equation.name, [])
     touched += [shape for shape in (*site.shapes_in, *site.shapes_out) if shape not in touched]
-  return Report(tuple(rows), {name: tuple(shapes) for name, shapes in unknown.items()})
+  return CompactionReport(tuple(rows), {name: tuple(shapes) for name, shapes in unknown.items()})
 
 
 def _flops(plan, store, batch):

@@ -11,6 +11,7 @@ import numpy as np
 from sparsejax.deploy import rules, surrogates
 from sparsejax.deploy.channels import Channels
 from sparsejax.deploy.links import Link, whole
+from sparsejax.deploy.program import Equation
 from sparsejax.deploy.rules import Rule
 from sparsejax.deploy.sites import Site
 
@@ -158,16 +159,8 @@ class Contraction:
     )
 
   def _dot(self, constants, weights):
-    (left, right), (left_batch, right_batch) = self.site.equation.params["dimension_numbers"]
     operands = [constants, weights] if self.data == 0 else [weights, constants]
-    letters = iter(string.ascii_letters)
-    names = [[next(letters) for _ in range(x.ndim)] for x in operands]
-    for i, j in zip((*left, *left_batch), (*right, *right_batch)):
-      names[1][j] = names[0][i]
-    output = [names[0][i] for i in left_batch]
-    for k, used in ((0, (*left, *left_batch)), (1, (*right, *right_batch))):
-      output += [name for axis, name in enumerate(names[k]) if axis not in used]
-    equation = f"{''.join(names[0])},{''.join(names[1])}->{''.join(output)}"
+    equation = as_einsum(self.site.equation, *(x.ndim for x in operands))
     return np.einsum(equation, *operands, optimize=True)
 
   def operations(self, shape_out: tuple[int, ...], weights: tuple[int, ...]) -> int:
@@ -189,6 +182,19 @@ class Contraction:
     numbers = self.site.equation.params["dimension_numbers"]
     ones = [1 if axis in numbers.lhs_spec[:2] else size for axis, size in enumerate(shape)]
     return self.site.equation.bind(jnp.ones(ones, kernel.dtype), kernel)[0]
+
+
+def as_einsum(equation: Equation, *ranks: int) -> str:
+  """A product of two operands of these ranks in the notation of `einsum`."""
+  (left, right), (left_batch, right_batch) = equation.params["dimension_numbers"]
+  letters = iter(string.ascii_letters)
+  names = [[next(letters) for _ in range(rank)] for rank in ranks]
+  for i, j in zip((*left, *left_batch), (*right, *right_batch)):
+    names[1][j] = names[0][i]
+  output = [names[0][i] for i in left_batch]
+  for k, used in ((0, (*left, *left_batch)), (1, (*right, *right_batch))):
+    output += [name for axis, name in enumerate(names[k]) if axis not in used]
+  return f"{''.join(names[0])},{''.join(names[1])}->{''.join(output)}"
 
 
 def contraction_of(site: Site) -> Contraction | None:

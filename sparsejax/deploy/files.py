@@ -15,8 +15,6 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from sparsejax import masks as masks_lib
 from sparsejax.masks import PyTree
@@ -27,7 +25,11 @@ DTYPES = {
   "F32": np.dtype(np.float32),
   "BF16": np.dtype(ml_dtypes.bfloat16),
   "F16": np.dtype(np.float16),
+  # Which inputs a layer takes after compaction.
+  "I32": np.dtype(np.int32),
+  "U16": np.dtype(np.uint16),
 }
+_FLOATS = ("F32", "BF16", "F16")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # A gap of so many zeros that no weight ends.
 _LONG = 255
@@ -44,8 +46,10 @@ def save(
 
   Args:
     path: of the file, by convention with the suffix `.safetensors`.
-    params: a pytree of float32, bfloat16 or float16 arrays.
-    dtype: the type in which to store all of them, one of these; by default that which each has.
+    params: a pytree of float32, bfloat16 or float16 arrays; int32 and uint16 ones too, such as
+      `compact` makes.
+    dtype: the type in which to store all floating-point numbers, one of these three; by default
+      that which each array has.
     overwrite: whether a file that is there already may be replaced.
 
   Returns:
@@ -56,7 +60,9 @@ def save(
       names collide; it names the leaf.
     FileExistsError: if the file exists and is not to be replaced.
     OSError: if it cannot be written.
+    ModuleNotFoundError: if safetensors is not installed; so does `load`.
   """
+  safetensors = _safetensors()
   path = pathlib.Path(path)
   if path.exists() and not overwrite:
     raise FileExistsError(f"{path} exists already: pass overwrite=True to replace it.")
@@ -138,8 +144,25 @@ def load(path: str | os.PathLike, *, like: PyTree | None = None) -> PyTree:
   return tree
 
 
+def dense(params: PyTree) -> bytes:
+  """A safetensors file of the same weights with their zeros, to compare with."""
+  leaves = masks_lib.leaves_by_name(params)
+  return _safetensors().numpy.save({name: np.array(leaf) for name, leaf in leaves.items()})
+
+
 # By form: the tensors that a leaf is stored in. A dense one has the name of the leaf.
 _PARTS = {"dense": ("",), "bitmask": ("bitmask", "values"), "gaps": ("gaps", "values")}
+
+
+def _safetensors() -> Any:
+  """The package, which only files need."""
+  try:
+    import safetensors.numpy
+  except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+      "sparse files need safetensors: pip install 'sparsejax[deploy]'"
+    ) from error
+  return safetensors
 
 
 def _form(parts: Mapping[str, np.ndarray]) -> str:
@@ -153,11 +176,14 @@ def _tensor_name(leaf: str, part: str) -> str:
 def _converted(name: str, leaf: Any, dtype: Any) -> np.ndarray:
   """The leaf as a NumPy array of the type that it is stored in."""
   array = np.asarray(leaf)
-  for each, of in ((array.dtype, repr(name)), *([(np.dtype(dtype), "dtype")] if dtype else [])):
-    if each not in _NAMES:
-      raise ValueError(
-        f"{of} is {each}, but only {', '.join(map(str, _NAMES))} can be stored: convert it."
-      )
+  if array.dtype not in _NAMES:
+    known = ", ".join(map(str, _NAMES))
+    raise ValueError(f"{name!r} is {array.dtype}, but only {known} can be stored: convert it.")
+  if _NAMES[array.dtype] not in _FLOATS:
+    return array
+  if dtype is not None and _NAMES.get(np.dtype(dtype)) not in _FLOATS:
+    floats = ", ".join(str(DTYPES[each]) for each in _FLOATS)
+    raise ValueError(f"dtype={np.dtype(dtype)} must be one of {floats}.")
   with np.errstate(all="ignore"):
     stored = array if dtype is None else array.astype(dtype)
     has_nan = np.isnan(stored).any()
@@ -216,7 +242,7 @@ def _checksum(name: str, record: Mapping[str, Any], parts: Mapping[str, np.ndarr
 
 def _read(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
   """The metadata and the tensors of a safetensors file."""
-  size = path.stat().st_size
+  safetensors, size = _safetensors(), path.stat().st_size
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
       return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

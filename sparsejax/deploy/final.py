@@ -33,7 +33,20 @@ def finalize(params: PyTree, opt_state: PyTree) -> PyTree:
     ...
     ValueError: 2 of 4 weights of 'kernel' should be pruned, but 2 of those are not zero: ...
   """
-  masks = masks_lib.leaves_by_name(state.get_masks(opt_state, params))
+  check(params, state.get_masks(opt_state, params))
+  return jax.tree.map(jnp.asarray, params)
+
+
+def check(params: PyTree, masks: PyTree) -> None:
+  """Raises a ValueError that names the first leaf which is not as sparse as its mask, or has NaN.
+
+  Args:
+    params: the parameters.
+    masks: a full boolean tree like them.
+  """
+  masks_lib.check_boolean(masks)
+  masks_lib.check_same_structure(masks, params, "the masks", "the parameters")
+  masks = masks_lib.leaves_by_name(masks)
   for name, leaf in masks_lib.leaves_by_name(params).items():
     mask = masks[name]
     pruned, left, nan = jax.device_get(
@@ -51,4 +64,3 @@ def finalize(params: PyTree, opt_state: PyTree) -> PyTree:
         " zero: these are not the parameters after the last update of this state, or something"
         " after the pruning has changed them. sparsejax.apply_masks prunes them."
       )
-  return jax.tree.map(jnp.asarray, params)

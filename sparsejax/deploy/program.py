@@ -105,6 +105,25 @@ def trace(apply_fn: Callable[..., Any], params: PyTree, inputs: tuple[Any, ...])
   return program
 
 
+def trace_of(apply_fn: Callable[..., Any], params: PyTree, inputs: tuple[Any, ...]) -> Program:
+  """The same, if the parameters belong to the function.
+
+  Raises:
+    ValueError: if the function cannot be traced with these parameters, or if it uses none of them.
+  """
+  try:
+    program = trace(apply_fn, params, inputs)
+  except Exception as error:
+    raise ValueError(
+      "apply_fn(params, *example_inputs) fails; do the parameters belong to the function?"
+      f" {type(error).__name__}: {error}"
+    ) from error
+  used = {i for equation in program.equations for i in equation.inputs}
+  if not used.intersection(program.params):
+    raise ValueError("apply_fn uses none of the parameters: they do not belong to it.")
+  return program
+
+
 def _new(program: Program, variable: Any) -> int:
   program.shapes.append(tuple(variable.aval.shape))
   program.dtypes.append(variable.aval.dtype)

@@ -5,13 +5,13 @@ dense or with a sparse (CSR) matrix, whichever took less time when the network w
 """
 
 import dataclasses
-import statistics
+import functools
+import math
 import time
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
-import scipy.sparse
 from numpy.lib.stride_tricks import sliding_window_view
 
 Padding = Literal["SAME", "VALID"] | Sequence[tuple[int, int]]
@@ -136,20 +136,22 @@ class Network:
         self._layers.append(layer)
         x = layer(x)
         continue
-      if np.isnan(layer.matrix).any():
-        raise ValueError(f"layer {number} has NaN in its kernel.")
+      for part in ("kernel", "bias"):
+        weights = getattr(layer, part)
+        if weights is not None and np.isnan(weights).any():
+          raise ValueError(f"layer {number} has NaN in its {part}.")
       rows = layer.rows(x)
       if rows.shape[-1] != len(layer.matrix):
         raise ValueError(
           f"layer {number} takes {len(layer.matrix)} numbers, but gets {rows.shape[-1]}."
         )
-      ways = {"dense": _dense(layer.matrix), "sparse": _sparse(layer.matrix)}
-      if kind == "fastest":
-        choice = _fastest(ways, rows.reshape(-1, rows.shape[-1]), rounds)
-      else:
-        choice = kind
+      ways = {
+        "dense": lambda layer=layer: _Product(layer, dense(layer.matrix)),
+        "sparse": lambda layer=layer: _Product(layer, sparse(layer.matrix)),
+      }
+      choice, product = choose(ways, x, kind, rounds)
       self.choices.append(choice)
-      self._layers.append(_Product(layer, ways[choice]))
+      self._layers.append(product)
       x = self._layers[-1](x)
 
   def __call__(self, x: np.ndarray) -> np.ndarray:
@@ -176,28 +178,81 @@ class _Product:
     return out.reshape(*rows.shape[:-1], out.shape[-1])
 
 
-def _dense(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def choose(
+  ways: Mapping[str, Callable[[], Callable[[np.ndarray], np.ndarray]]],
+  x: np.ndarray,
+  kind: str = "fastest",
+  rounds: int = 5,
+) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
+  """Which of several functions to take.
+
+  Args:
+    ways: makes each of them.
+    x: what they are to be fast for.
+    kind: the name of one, or "fastest": the one that takes less time.
+    rounds: how often to time each.
+
+  Returns:
+    Its name and itself.
+  """
+  if kind != "fastest":
+    return kind, ways[kind]()
+  functions = {name: make() for name, make in ways.items()}
+  calls = {name: functools.partial(function, x) for name, function in functions.items()}
+  times = take_turns(calls, rounds, turn=1e-2)
+  choice = min(functions, key=lambda name: min(times[name]))
+  return choice, functions[choice]
+
+
+def take_turns(
+  functions: Mapping[str, Callable[[], Any]], rounds: int, *, turn: float
+) -> dict[str, list[float]]:
+  """The time of a call of each function in each round, in seconds.
+
+  In a round each function has a turn, so that what disturbs the machine for a while disturbs all of
+  them; and of a turn the fastest call counts, which is disturbed the least. Threads that wait for
+  each other, as those of dense products do, suffer more than others when the cores are shared.
+
+  Args:
+    functions: by name.
+    rounds: how many.
+    turn: how many seconds of calls make up a turn; it is one call at least.
+  """
+
+  def fastest(function):
+    best, end = math.inf, time.perf_counter() + turn
+    while True:
+      started = time.perf_counter()
+      function()
+      now = time.perf_counter()
+      best = min(best, now - started)
+      if now >= end:
+        return best
+
+  for function in functions.values():
+    function()  # The first call of all is longer.
+  times = [{name: fastest(function) for name, function in functions.items()} for _ in range(rounds)]
+  return {name: [each[name] for each in times] for name in functions}
+
+
+def dense(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+  """A function that multiplies rows with a matrix."""
   matrix = np.ascontiguousarray(matrix)
   return lambda rows: rows @ matrix
 
 
-def _sparse(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def sparse(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+  """The same with a sparse matrix."""
+  try:
+    import scipy.sparse
+  except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+      "sparse products need SciPy: pip install scipy, or 'sparsejax[deploy]'"
+    ) from error
+  if matrix.dtype not in (np.float32, np.float64):
+    raise ValueError(f"SciPy has no sparse matrices of {matrix.dtype}: convert it to float32.")
   transposed = scipy.sparse.csr_matrix(matrix.T)
   return lambda rows: (transposed @ rows.T).T
-
-
-def _fastest(
-  ways: dict[str, Callable[[np.ndarray], np.ndarray]], rows: np.ndarray, rounds: int
-) -> str:
-  def seconds(multiply):
-    started = time.perf_counter()
-    multiply(rows)
-    return time.perf_counter() - started
-
-  for multiply in ways.values():
-    multiply(rows)
-  times = [{name: seconds(multiply) for name, multiply in ways.items()} for _ in range(rounds)]
-  return min(ways, key=lambda name: statistics.median(each[name] for each in times))
 
 
 def _windows(

@@ -419,6 +419,25 @@ def test_a_function_of_several_inputs_and_captured_weights_is_compacted():
   assert shapes(compacted) == {"a": (4, 4), "b": (2, 4), "captured0": (4, 3)}
 
 
+def test_what_is_left_is_stored_in_a_file_and_computes_the_same(tmp_path):
+  params = {"w1": random_weights(9, 6), "w2": random_weights(6, 4)}
+  params["w1"][[1, 2, 5, 7]] = params["w1"][:, 3] = 0
+  apply = lambda p, x: jnp.tanh(x @ p["w1"]) @ p["w2"]
+  compacted = check_equal(apply, params, np.ones((1, 9)))
+  assert compacted.params["w1/inputs"].dtype == jnp.uint16
+  deploy.save(tmp_path / "small", compacted.params)
+  read = deploy.load(tmp_path / "small", like=compacted.params)
+  x = random_weights(3, 9)
+  np.testing.assert_array_equal(compacted.apply(read, x), compacted(x))
+
+
+def test_indices_of_long_axes_have_more_bits():
+  params = {"w": np.zeros((70_000, 2), np.float32)}
+  params["w"][[3, 69_000]] = 1
+  compacted = check_equal(lambda p, x: x @ p["w"], params, np.ones((1, 70_000)))
+  assert compacted.params["w/inputs"].dtype == jnp.int32
+
+
 def test_all_that_is_stored_is_counted():
   captured = jnp.asarray(random_weights(3))
   scale = lambda: jax.lax.exp(lax.add(1.0, 2.0))  # Computed from literals.
@@ -510,6 +529,15 @@ def test_inputs_unlike_the_example_are_an_error():
     compacted(np.ones((2, 4), np.int32))
   with pytest.raises(ValueError, match="those of the example were"):
     compacted(np.ones((2, 4)), np.ones((2, 4)))
+
+
+def test_compact_parameters_of_another_network_are_an_error_that_names_the_leaf():
+  compacted = deploy.compact(dense, dense_params(), np.ones((1, 4)))
+  other = compacted.params | {"layer/kernel": np.ones((4, 5), np.float32)}
+  with pytest.raises(ValueError, match=r"'layer/kernel' has shape \(4, 5\) in the parameters"):
+    compacted.apply(other, np.ones((1, 4)))
+  with pytest.raises(ValueError, match="'layer/bias'"):
+    compacted.apply({"layer/kernel": compacted.params["layer/kernel"]}, np.ones((1, 4)))
 
 
 def test_a_function_for_one_size_takes_only_that():

@@ -19,6 +19,7 @@ from sparsejax import deploy
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "file-format.md"
 DTYPES = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16}
+INDICES = {"i32": np.int32, "u16": np.uint16}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
@@ -76,13 +77,13 @@ def test_weights_are_stored_in_the_type_that_is_asked_for(path, dtype):
 
 
 @hypothesis.given(
-  st.sampled_from(sorted(DTYPES)).flatmap(
-    lambda name: hnp.arrays(
-      {2: np.uint16, 4: np.uint32}[np.dtype(DTYPES[name]).itemsize],
+  st.sampled_from([*DTYPES.values(), *INDICES.values()]).flatmap(
+    lambda dtype: hnp.arrays(
+      {2: np.uint16, 4: np.uint32}[np.dtype(dtype).itemsize],
       hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=30),
       elements=st.integers(0, 0x7BFF),  # In each type a finite number.
       fill=st.just(0),
-    ).map(lambda bits: bits.view(DTYPES[name]))
+    ).map(lambda bits: bits.view(dtype))
   )
 )
 def test_any_array_comes_back_by_the_reader_of_the_page_too(tmp_path_factory, array):
@@ -212,7 +213,8 @@ def test_other_files_are_refused(path):
   "leaf,match",
   [
     (np.array([1.0, np.nan], np.float32), "'b/kernel' holds NaN"),
-    (np.ones(2, np.int32), "'b/kernel' is int32, but only float32, bfloat16, float16"),
+    (np.ones(2, np.int8), "'b/kernel' is int8, but only float32, bfloat16, float16"),
+    (np.ones(2, np.complex64), "'b/kernel' is complex64"),
     (np.ones(2, np.float64), "'b/kernel' is float64"),
   ],
 )
@@ -227,9 +229,15 @@ def test_weights_that_cannot_be_stored_are_an_error_and_leave_the_file_alone(pat
 def test_numbers_too_large_for_the_type_asked_for_are_an_error(path):
   with pytest.raises(ValueError, match="'w' holds numbers that are too large for float16"):
     deploy.save(path, {"w": np.array([1e6], np.float32)}, dtype=np.float16)
-  with pytest.raises(ValueError, match="dtype is int8"):
+  with pytest.raises(ValueError, match="dtype=int8 must be one of float32"):
     deploy.save(path, network(), dtype=np.int8)
   assert not path.exists()
+
+
+def test_indices_stay_integers_whatever_the_type_of_the_weights(path):
+  params = {"w": sparse(9, 1), "inputs": np.arange(3, dtype=np.uint16), "n": np.int32([-1, 2**20])}
+  deploy.save(path, params, dtype=np.float16)
+  assert_same_bits(deploy.load(path), params | {"w": params["w"].astype(np.float16)})
 
 
 def test_a_file_is_replaced_only_if_that_is_asked_for(path):

@@ -85,8 +85,8 @@ def test_each_layer_multiplies_in_the_way_that_takes_less_time(faster, monkeypat
 
   monkeypatch.setattr("time.perf_counter", lambda: now)
   for name in ("dense", "sparse"):
-    way = takes(1 if name == faster else 2, getattr(runtime, f"_{name}"))
-    monkeypatch.setattr(runtime, f"_{name}", way)
+    way = takes(1 if name == faster else 2, getattr(runtime, name))
+    monkeypatch.setattr(runtime, name, way)
   layers = [Dense(sparse(9, 8)), flatten, Dense(sparse(8, 2))]
   assert Network(layers, np.ones((1, 9), np.float32)).choices == [faster, faster]
 
@@ -94,8 +94,13 @@ def test_each_layer_multiplies_in_the_way_that_takes_less_time(faster, monkeypat
 def test_a_layer_that_does_not_fit_or_has_nan_is_an_error_that_says_which():
   with pytest.raises(ValueError, match="layer 1 takes 8 numbers, but gets 7"):
     Network([Dense(sparse(9, 7)), Dense(sparse(8, 2))], np.ones((1, 9), np.float32))
-  with pytest.raises(ValueError, match="layer 0 has NaN"):
-    Network([Dense(np.full((2, 2), np.nan, np.float32))], np.ones((1, 2), np.float32))
+  nan = np.full((2, 2), np.nan, np.float32)
+  with pytest.raises(ValueError, match="layer 0 has NaN in its kernel"):
+    Network([Dense(nan)], np.ones((1, 2), np.float32))
+  with pytest.raises(ValueError, match="layer 0 has NaN in its bias"):
+    Network([Dense(np.ones((2, 2), np.float32), nan[0])], np.ones((1, 2), np.float32))
+  with pytest.raises(ValueError, match="no sparse matrices of float16"):
+    Network([Dense(np.ones((2, 2), np.float16))], np.ones((1, 2), np.float16))
 
 
 def test_the_file_runs_by_itself_without_jax(tmp_path):

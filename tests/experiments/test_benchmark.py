@@ -16,6 +16,7 @@ from experiments.benchmark import (
   communication,
   devices,
   figures,
+  inference,
   networks,
   report,
   steps,
@@ -280,3 +281,20 @@ def test_bytes_are_counted_in_each_pass_of_a_loop_and_outside_of_loops():
 def test_devices_that_are_missing_are_simulated_in_another_process():
   assert devices.with_devices(8, jax.device_count) == jax.device_count()
   assert devices.with_devices(9, jax.device_count) == 9
+
+
+def test_inference_is_timed_in_all_ways_and_goes_into_files_of_its_name(tmp_path, monkeypatch):
+  monkeypatch.setattr(inference, "NETWORKS", {"tiny": (40, 30, 10)})
+  monkeypatch.setattr(inference, "_TURN", 0.0)
+  options = "inference --sparsities 0.5 0.9 --batches 1 3 --rounds 2 --out"
+  command.main([*options.split(), str(tmp_path)])
+  record = json.loads((tmp_path / "inference.json").read_text())
+  assert (tmp_path / "inference.md").read_text() == report.to_markdown(record)
+  rows = record["measured"]["inference"]
+  assert [(row["sparsity"], row["batch_size"]) for row in rows] == [
+    (0.5, 1), (0.5, 3), (0.9, 1), (0.9, 3)
+  ]  # fmt: skip
+  for row in rows:
+    assert row["active"] == round((1 - row["sparsity"]) * row["weights"]) > 0
+    assert row["difference"] < 1e-5 and len(row["choices"]) == 2
+    assert {len(row["seconds"][kind]) for kind in ("dense", "sparse", "fastest", "jax")} == {2}

@@ -66,8 +66,11 @@ def trained_by_hand(rewind_epoch, rewind_weights):
 @pytest.mark.parametrize(("rewind_epoch", "rewind_weights"), [(0, True), (2, True), (2, False)])
 def test_cycles_are_those_that_one_would_write_by_hand(tmp_path, rewind_epoch, rewind_weights):
   options = dict(rewind_epoch=rewind_epoch, rewind_weights=rewind_weights)
-  result = train.train(run(tmp_path, cycles=3, **options))
+  of_three = run(tmp_path, cycles=3, **options)
+  result = train.train(of_three)
   expected = trained_by_hand(rewind_epoch, rewind_weights)
+  trainer = training.make_trainer(of_three.recipe, data.load("digits"), of_three.seed)
+  chex.assert_trees_all_equal(cycles.restore_finished(of_three, trainer).params, expected[-1][0])
   last = checkpoint(tmp_path)["last"]
   chex.assert_trees_all_equal(last["trained"]["params"], expected[-1][0])
   chex.assert_trees_all_equal(last["masks"]["params"], expected[-1][1])

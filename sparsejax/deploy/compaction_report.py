@@ -7,7 +7,7 @@ from sparsejax.report import table
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class CompactionRow:
   """What is left of one leaf of the parameters.
 
   Attributes:
@@ -40,7 +40,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class CompactionReport:
   """A table of the parameters; `str` and `print` show it.
 
   Attributes:
@@ -49,7 +49,7 @@ class Report:
       that they touch, which are kept as they are; those shapes are for a batch of two or more.
   """
 
-  rows: tuple[Row, ...]
+  rows: tuple[CompactionRow, ...]
   unknown: dict[str, tuple[tuple[int, ...], ...]]
 
   @property

@@ -1,0 +1,364 @@
+"""What sparsity buys: a network as it is, as a sparse one, and compacted, side by side."""
+
+import dataclasses
+import functools
+import gzip
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax import masks as masks_lib
+from sparsejax import report as report_lib
+from sparsejax.deploy import files, final, runtime
+from sparsejax.deploy.compaction import compact
+from sparsejax.deploy.compaction_report import CompactionReport
+from sparsejax.deploy.translation import to_numpy
+from sparsejax.masks import PyTree
+
+# How many inputs are computed together where time does not count.
+_CHUNK = 1000
+# A turn of a function is made up of as many calls as take so many seconds.
+_TURN = 0.2
+# The least gain that is worth the name.
+_GAIN = 1.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """One form of a network.
+
+  Attributes:
+    name: "dense": as trained, with its zeros; "sparse": without them; "compact": without the units
+      that no longer matter, in dense arrays; "compact, sparse": without either.
+    parameters: the numbers that it computes with; in a compact one, indices and what was folded
+      too.
+    flops: multiplications and additions of products and convolutions, for one example.
+    file_bytes: dense float32 arrays in a safetensors file, or what `save` writes.
+    gzip_bytes: the same file after gzip.
+    accuracy: in [0, 1], of the weights as they are read from the file; None without labels.
+    difference: the largest difference to an output of the dense network, as a part of the largest
+      of these: of the weights read from the file, and of each engine.
+    seconds: of the fastest call in each round, by engine, "numpy" or "jax", and by batch size.
+    choices: "dense" or "sparse" for each product in NumPy, by batch size.
+    threads: among how many threads examples are shared out in NumPy, by batch size.
+  """
+
+  name: str
+  parameters: int
+  flops: int
+  file_bytes: int
+  gzip_bytes: int
+  accuracy: float | None
+  difference: float
+  seconds: dict[str, dict[int, list[float]]]
+  choices: dict[int, tuple[str, ...]]
+  threads: dict[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """A table of what sparsity buys; `str` and `print` show it.
+
+  Attributes:
+    variants: of one network.
+    compaction: what has become of each leaf of the parameters.
+    examples: how many inputs accuracy and differences are of.
+    device: on which JAX computes.
+  """
+
+  variants: tuple[Variant, ...]
+  compaction: CompactionReport
+  examples: int
+  device: str
+
+  def __getitem__(self, name: str) -> Variant:
+    """The variant of a name."""
+    return {variant.name: variant for variant in self.variants}[name]
+
+  @property
+  def batches(self) -> tuple[int, ...]:
+    """The batch sizes that were timed."""
+    return tuple(self["dense"].seconds["numpy"])
+
+  def times_faster(self, name: str, batch: int, engine: str = "numpy", than: str = "") -> float:
+    """How many times as fast as the dense network: the median over rounds.
+
+    Args:
+      name: of the variant.
+      batch: size of the batch.
+      engine: that computes it.
+      than: the engine that computes the dense network; by default the same.
+    """
+    dense = self["dense"].seconds[than or engine][batch]
+    return statistics.median(a / b for a, b in zip(dense, self[name].seconds[engine][batch]))
+
+  def fastest(self, batch: int) -> str:
+    """The name of the variant other than the dense one that takes the least time in NumPy."""
+    names = [variant.name for variant in self.variants[1:]]
+    return max(names, key=lambda name: self.times_faster(name, batch))
+
+  @property
+  def cells(self) -> list[dict[str, str]]:
+    """The table, a dictionary for each variant."""
+    rows = []
+    for variant in self.variants:
+      row = {
+        "network": variant.name,
+        "accuracy": "-" if variant.accuracy is None else f"{variant.accuracy:.2%}",
+        "parameters": f"{variant.parameters:,}",
+        "FLOPs": f"{variant.flops:,}",
+        "file": f"{variant.file_bytes:,}",
+        "gzip": f"{variant.gzip_bytes:,}",
+      }
+      for engine, title in (("numpy", "NumPy"), ("jax", "JAX")):
+        for batch in self.batches:
+          seconds = variant.seconds.get(engine, {}).get(batch)
+          row[f"{title}, batch {batch}"] = "-" if seconds is None else _time(seconds)
+      row["difference"] = f"{variant.difference:.1e}" if variant.difference else "0"
+      rows.append(row)
+    return rows
+
+  @property
+  def gains(self) -> list[tuple[str, float]]:
+    """What sparsity is to buy, each with the factor that it buys."""
+    dense, sparse, small = self["dense"], self["sparse"], self["compact"]
+    smallest = min(self.variants, key=lambda variant: variant.file_bytes)
+    gains = [
+      ("a smaller file", dense.file_bytes / sparse.file_bytes),
+      ("a file smaller than gzip makes the dense one", dense.gzip_bytes / smallest.file_bytes),
+      ("fewer parameters in dense arrays, by compaction", dense.parameters / small.parameters),
+      ("fewer operations in dense arrays, by compaction", dense.flops / max(small.flops, 1)),
+    ]
+    for batch in self.batches:
+      speed = functools.partial(self.times_faster, batch=batch)
+      best = self.fastest(batch)
+      gains += [
+        (f"speed in NumPy at batch {batch} ({best})", speed(best)),
+        (f"speed in JAX at batch {batch} (compact)", speed("compact", engine="jax")),
+        (
+          f"speed in NumPy at batch {batch} ({best}) against the dense network in JAX",
+          speed(best, than="jax"),
+        ),
+      ]
+    return gains
+
+  @property
+  def conclusion(self) -> str:
+    """What sparsity buys here, and what it does not."""
+    bought = [f"{what}: {factor:.3g} times" for what, factor in self.gains if factor >= _GAIN]
+    missed = [f"{what}: {factor:.3g} times" for what, factor in self.gains if factor < _GAIN]
+    texts = [f"The sparsity buys: {'; '.join(bought)}."] if bought else []
+    texts += [f"It does not buy: {'; '.join(missed)}."] if missed else []
+    return " ".join(texts)
+
+  def __str__(self) -> str:
+    header, *_ = rows = [list(row) for row in self.cells]
+    rows = [list(row.values()) for row in self.cells]
+    return "\n".join([*report_lib.table(header, rows, [], left=1)[:-1], self.conclusion])
+
+
+def report(
+  apply_fn: Callable[..., Any],
+  params: PyTree,
+  inputs: Any,
+  *,
+  labels: Any = None,
+  masks: PyTree | None = None,
+  batches: Sequence[int] = (1, 256),
+  rounds: int = 7,
+) -> Report:
+  """Measures what the zeros of a network are good for: in files, in memory, and in time.
+
+  All times are taken on this machine, by turns in each round. A turn takes a fifth of a second, and
+  its fastest call counts.
+
+  Args:
+    apply_fn: a function of the parameters and of the inputs to an array of outputs; see `compact`.
+    params: its trained parameters, as of `finalize`.
+    inputs: an array of real examples or a tuple of them: what accuracy and differences are of, and
+      what times are taken with.
+    labels: the class of each example; outputs are logits then.  # shape=(examples,), dtype=int
+    masks: a full boolean tree like the parameters, which says what is active; by default what is
+      not zero.
+    batches: sizes of the batches to time; examples are repeated if there are fewer.
+    rounds: how often to time each.
+
+  Returns:
+    A `Report`.
+
+  Raises:
+    ValueError: if weights are not finite or not as sparse as the masks say, or if parameters,
+      inputs and labels do not belong together; it names the leaf.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, numpy as np
+    >>> from sparsejax import deploy
+    >>> kernel = np.random.default_rng(0).normal(size=(200, 100)).astype(np.float32)
+    >>> params = {"kernel": np.where(abs(kernel) > 2.5, kernel, 0)}
+    >>> apply = lambda params, x: jax.nn.relu(x @ params["kernel"])
+    >>> found = deploy.report(apply, params, jnp.ones((8, 200)), batches=(8,), rounds=1)
+    >>> found["dense"].parameters, found["sparse"].parameters, found["compact"].parameters
+    (20000, 260, 13837)
+    >>> print(found.conclusion)  # doctest: +ELLIPSIS
+    The sparsity buys: a smaller file: ...
+
+  """
+  inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+  inputs = jax.tree.map(np.asarray, inputs)
+  examples = _count(inputs, labels)
+  if masks is None:
+    masks = jax.tree.map(lambda x: jnp.asarray(x) != 0, params)
+  final.check(params, masks)
+  compacted = compact(apply_fn, params, _take(inputs, slice(2)))
+  compaction = compacted.report
+  original = _outputs(apply_fn, params, inputs)
+  if labels is not None and (original.ndim != 2 or len(original) != examples):
+    raise ValueError(
+      f"the outputs for {examples} examples have shape {original.shape}, but with labels they must"
+      " be logits, one row for each."
+    )
+  forms = _forms(apply_fn, params, masks, compacted)
+  seconds, networks, differences = _measure(forms, inputs, original, batches, rounds)
+  variants = []
+  for name, form in forms.items():
+    content, read = _through_file(form)
+    outputs = original if name == "dense" else _outputs(form.apply_fn, read, inputs)
+    accuracy = None if labels is None else np.mean(np.argmax(outputs, -1) == np.asarray(labels))
+    variants.append(
+      Variant(
+        name,
+        form.parameters,
+        form.flops,
+        len(content),
+        # Of the time, the file would have another size in each second.
+        len(gzip.compress(content, mtime=0)),
+        None if accuracy is None else float(accuracy),
+        max(differences[name], _difference(outputs, original)),
+        seconds[name],
+        {batch: network.choices for batch, network in networks[name].items()},
+        {batch: network.threads for batch, network in networks[name].items()},
+      )
+    )
+  device = jax.devices()[0].device_kind
+  return Report(tuple(variants), compaction, examples, device)
+
+
+class _Form(NamedTuple):
+  """A variant before it is measured."""
+
+  apply_fn: Callable[..., Any]
+  params: PyTree
+  is_sparse: bool
+  parameters: int
+  flops: int
+
+
+def _forms(apply_fn, params, masks, compacted):
+  """The variants by name."""
+  compaction, small = compacted.report, compacted.params
+  kept = sum(int(masks_lib.count_kept(mask)) for mask in jax.tree.leaves(masks))
+  flops = _active_flops(compaction, "dense_flops", masks_lib.leaves_by_name(params))
+  nonzero = sum(int(np.count_nonzero(array)) for array in small.values())
+  small_flops = _active_flops(compaction, "flops", small)
+  of_dense = compaction.parameters, compaction.dense_flops
+  of_small = compaction.new_parameters, compaction.flops
+  return {
+    "dense": _Form(apply_fn, params, False, *of_dense),
+    "sparse": _Form(apply_fn, params, True, kept, flops),
+    "compact": _Form(compacted.apply, small, False, *of_small),
+    "compact, sparse": _Form(compacted.apply, small, True, nonzero, small_flops),
+  }
+
+
+def _count(inputs, labels):
+  """The number of examples."""
+  sizes = {len(x) if x.ndim else 0 for x in jax.tree.leaves(inputs)}
+  if len(sizes) != 1 or 0 in sizes:
+    raise ValueError(f"the inputs must have the same number of examples, but have {sizes}.")
+  (count,) = sizes
+  if labels is not None and np.shape(labels) != (count,):
+    raise ValueError(f"there are {count} examples, but labels of shape {np.shape(labels)}.")
+  return count
+
+
+def _outputs(apply_fn, params, inputs):
+  """The outputs for all inputs, a part of them at a time."""
+  function = jax.jit(apply_fn)
+  starts = range(0, len(jax.tree.leaves(inputs)[0]), _CHUNK)
+  parts = [_take(inputs, slice(start, start + _CHUNK)) for start in starts]
+  return np.concatenate([np.asarray(function(params, *part)) for part in parts])
+
+
+def _take(inputs, where):
+  return jax.tree.map(lambda x: x[where], inputs)
+
+
+def _difference(outputs, original):
+  largest = np.max(np.abs(original))
+  return float(np.max(np.abs(outputs - original)) / largest) if largest else 0.0
+
+
+def _active_flops(compaction, kind, arrays):
+  """Operations of the weights that are not zero."""
+  flops = {row.name: getattr(row, kind) for row in compaction.rows}
+  return sum(
+    round(flops[name] * np.count_nonzero(array) / np.size(array))
+    for name, array in arrays.items()
+    if flops.get(name)
+  )
+
+
+def _through_file(form):
+  """What a file of these parameters holds, and what is read of it."""
+  if not form.is_sparse:
+    return files.dense(form.params), form.params
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "network.safetensors"
+    files.save(path, form.params)
+    return path.read_bytes(), files.load(path, like=form.params)
+
+
+def _measure(forms, inputs, original, batches, rounds):
+  """Times by turns, the networks in NumPy, and how far outputs differ."""
+  seconds = {name: {} for name in forms}
+  networks = {name: {} for name in forms}
+  differences = dict.fromkeys(forms, 0.0)
+  for batch in batches:
+    where = np.arange(batch) % len(original)
+    examples, expected = _take(inputs, where), original[where]
+    functions = {}
+    for name, form in forms.items():
+      kind = "fastest" if form.is_sparse else "dense"
+      # NumPy's dense products have threads of their own.
+      threads = 1 if name == "dense" else "fastest"
+      network = networks[name][batch] = to_numpy(
+        form.apply_fn, form.params, examples, kind=kind, threads=threads, rounds=rounds
+      )
+      functions[name, "numpy"] = functools.partial(network, *examples)
+      if not form.is_sparse:  # To JAX, zeros are numbers.
+        functions[name, "jax"] = _in_jax(form.apply_fn, form.params, examples)
+    for (name, _), function in functions.items():
+      differences[name] = max(differences[name], _difference(function(), expected))
+    for (name, engine), times in runtime.take_turns(functions, rounds, turn=_TURN).items():
+      seconds[name].setdefault(engine, {})[batch] = times
+  return seconds, networks, differences
+
+
+def _in_jax(apply_fn, params, examples):
+  """A call of the jitted function, with all that it takes on the device."""
+  function = jax.jit(apply_fn)
+  params, examples = jax.device_put((params, examples))
+  return lambda: jax.block_until_ready(function(params, *examples))
+
+
+def _time(seconds):
+  """The median in a unit that suits it."""
+  value = statistics.median(seconds)
+  scale, unit = (1e6, "µs") if value < 1e-3 else (1e3, "ms") if value < 1 else (1, "s")
+  return f"{value * scale:.3g} {unit}"

@@ -1,0 +1,412 @@
+"""A function of JAX as NumPy operations, whose products are dense or sparse."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import math
+import os
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from sparsejax import masks as masks_lib
+from sparsejax.deploy import program as programs
+from sparsejax.deploy import runtime
+from sparsejax.deploy.operations import Function, axis_of_take, broadcast, function_of
+from sparsejax.deploy.program import Equation, Program, Shape
+from sparsejax.masks import PyTree
+
+# Constants of no more numbers are written out for each example: NumPy is slow in repeating them,
+# but fast memory holds no more.
+_WRITTEN_OUT = 2**17
+
+
+class Translated:
+  """A function of NumPy arrays; made by `to_numpy`.
+
+  Attributes:
+    choices: for each product or convolution with weights, in order, "dense" or "sparse".
+    threads: among how many threads the examples are shared out.
+  """
+
+  def __init__(self, part: "_Steps", threads: int):
+    self.choices = part.choices
+    self.threads = threads
+    self._part = part
+    program = part.program
+    self._expected = [(program.shapes[i], program.dtypes[i]) for i in program.inputs]
+    if threads > 1:
+      self._expected = [((threads * n, *rest), dtype) for (n, *rest), dtype in self._expected]
+      self._pool = concurrent.futures.ThreadPoolExecutor(threads - 1)
+
+  def __call__(self, *inputs: Any) -> Any:
+    """Computes the outputs for inputs of the shapes and types of the example.
+
+    Raises:
+      ValueError: if they are others.
+    """
+    values = list(map(np.asarray, jax.tree.leaves(inputs)))
+    if [(x.shape, x.dtype) for x in values] != self._expected:
+      raise ValueError(
+        f"the inputs are {_describe((x.shape, x.dtype) for x in values)}, but those of the example"
+        f" were {_describe(self._expected)}: translate it for these."
+      )
+    if self.threads == 1:
+      outputs = self._part.run(values)
+    else:
+      first, *others = zip(*(np.split(x, self.threads) for x in values))
+      running = [self._pool.submit(self._part.run, part) for part in others]
+      parts = [self._part.run(first), *(each.result() for each in running)]
+      outputs = list(map(np.concatenate, zip(*parts)))
+    return jax.tree.unflatten(self._part.program.structure, outputs)
+
+
+def _describe(types):
+  return ", ".join(f"{dtype} of shape {shape}" for shape, dtype in types)
+
+
+def to_numpy(
+  apply_fn: Callable[..., Any],
+  params: PyTree,
+  example_inputs: Any,
+  *,
+  kind: Literal["fastest", "dense", "sparse"] = "fastest",
+  threads: int | Literal["fastest"] = 1,
+  rounds: int = 5,
+) -> Translated:
+  """Translates a function of JAX to NumPy.
+
+  What does not depend on the inputs is computed once. Weights are multiplied as dense matrices, or
+  as sparse ones (CSR).
+
+  Args:
+    apply_fn: a function of the parameters and of the inputs, or a `Compacted`'s `apply`.
+    params: its parameters.
+    example_inputs: an array or a tuple of them, of the shapes and types that it is to take, and for
+      which it is to be fast.
+    kind: of the matrices; by default the one that takes less time in each layer.
+    threads: among how many threads examples are shared out, which needs functions that compute each
+      example by itself, and leading axes that are those of the examples: SciPy's products take but
+      one thread. "fastest": one, or as many as there are cores, if these divide the examples.
+    rounds: how often to time each.
+
+  Returns:
+    A function of NumPy arrays.
+
+  Raises:
+    ValueError: if the function has an operation that is not known here, which is named; if a leaf
+      holds NaN; if the parameters do not belong to the function; or if the threads do not divide
+      the examples.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from sparsejax import deploy
+    >>> apply = lambda params, x: jnp.maximum(x @ params["kernel"], 0)
+    >>> params = {"kernel": jnp.array([[1.0, 0.0], [0.0, -1.0]])}
+    >>> network = deploy.to_numpy(apply, params, jnp.ones((1, 2)), kind="sparse")
+    >>> print(network(jnp.array([[2.0, 3.0]])))
+    [[2. 0.]]
+  """
+  inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+  inputs = jax.tree.map(np.asarray, inputs)
+  for name, leaf in masks_lib.leaves_by_name(params).items():
+    if np.isnan(leaf).any():
+      raise ValueError(f"{name!r} holds NaN.")
+
+  def translated(count):
+    part = inputs if count == 1 else jax.tree.map(lambda x: x[: len(x) // count], inputs)
+    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), part)
+    program = programs.trace_of(apply_fn, params, types)
+    leaves = list(map(np.asarray, jax.tree.leaves(params)))
+    return Translated(_translate(program, leaves, jax.tree.leaves(part), kind, rounds), count)
+
+  sizes = {len(x) if x.ndim else 1 for x in jax.tree.leaves(inputs)}
+  if threads != "fastest":
+    if any(size % threads for size in sizes):
+      raise ValueError(f"threads={threads} do not divide {sizes} examples.")
+    return translated(threads)
+  cores = _count_cores()
+  one = translated(1)
+  if cores == 1 or any(size % cores for size in sizes):
+    return one
+  both = {1: one, cores: translated(cores)}
+  calls = {str(count): functools.partial(f, *inputs) for count, f in both.items()}
+  times = runtime.take_turns(calls, rounds, turn=1e-2)
+  return both[min(both, key=lambda count: min(times[str(count)]))]
+
+
+def _count_cores() -> int:
+  """Those that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+  """An operation on numbered variables.
+
+  Attributes:
+    function: from operands to the output, or to a list of them.
+    inputs: the variables of its operands.
+    outputs: those that it makes.
+    last: those of its operands that nothing reads later.
+    in_place: whether it may write its output to its first operand.
+  """
+
+  function: Function
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
+  last: tuple[int, ...]
+  in_place: bool
+
+  def __call__(self, known: dict[int, Any]) -> None:
+    operands = [known[i] for i in self.inputs]
+    out = self.function(*operands, out=operands[0]) if self.in_place else self.function(*operands)
+    known.update(zip(self.outputs, out if isinstance(out, list) else [out]))
+    for i in self.last:
+      del known[i]
+
+
+class _Steps(NamedTuple):
+  """A program in steps, with what they need."""
+
+  steps: tuple[_Step, ...]
+  constants: dict[int, np.ndarray]
+  program: Program
+  choices: tuple[str, ...]
+
+  def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    known = self.constants | dict(zip(self.program.inputs, inputs))
+    with np.errstate(all="ignore"):  # As JAX does.
+      for step in self.steps:
+        step(known)
+    return [known[i] for i in self.program.outputs]
+
+
+def _translate(
+  program: Program, params: list[Any], inputs: list[Any], kind: str, rounds: int
+) -> _Steps:
+  """Translates equation by equation, and computes each for what the next one is to be fast for."""
+  known = dict(zip(program.params, params))
+  for constants in (program.literals, program.captured):
+    known |= {i: np.asarray(x, program.dtypes[i]) for i, x in constants.items()}
+  running = dict(zip(program.inputs, inputs))
+  own: set[int] = set()  # Arrays that no other variable is a view of.
+  new = itertools.count(len(program.shapes))
+  steps, choices = [], []
+  equations = _needed(program)
+  takes = _absorbed(equations, program, known)
+  last = {i: n for n, equation in enumerate(equations) for i in equation.inputs}
+  last |= {take.source: max(last[take.source], last[i]) for i, take in takes.items()}
+  last |= dict.fromkeys(program.outputs, len(equations))
+  for number, equation in enumerate(equations):
+    if running.keys().isdisjoint(equation.inputs) and takes.keys().isdisjoint(equation.inputs):
+      known.update(zip(equation.outputs, _constant(equation, known)))
+      continue
+    if equation.outputs[0] in takes:
+      continue
+    operands, in_place = equation.inputs, False
+    product = _product(equation, known)
+    if product is not None:
+      data = operands[product.data]
+      take = takes.get(data)
+      operands = (data if take is None else take.source,)
+      ways = _ways(product, take, program.shapes)
+      choice, function = runtime.choose(ways, running[operands[0]], kind, rounds)
+      choices.append(choice)
+    else:
+      function = function_of(equation, program.shapes)
+    if isinstance(function, np.ufunc):
+      first = operands[0]
+      in_place = (
+        first in own
+        and last[first] == number
+        and operands.count(first) == 1
+        and program.shapes[first] != ()  # A number of NumPy is no array.
+        and _same_type(program, first, equation.outputs[0])
+      )
+      shape = program.shapes[equation.outputs[0]]
+      if math.prod(shape) <= _WRITTEN_OUT:
+        like = next(running[i] for i in operands if i in running)
+        for i in set(operands) & known.keys():
+          fresh = next(new)
+          known[fresh] = _written_out(known[i], shape, like)
+          operands = tuple(fresh if j == i else j for j in operands)
+    if product is not None or isinstance(function, np.ufunc):
+      own.update(equation.outputs)
+    else:
+      own.difference_update(operands)
+    ending = {i for i in operands if i in running and last[i] == number}
+    step = _Step(function, operands, equation.outputs, tuple(ending), in_place)
+    values = known | running
+    step(values)
+    running = {i: x for i, x in values.items() if i in running or i in equation.outputs}
+    steps.append(step)
+  read = {i for step in steps for i in step.inputs} | set(program.outputs)
+  constants = {i: x for i, x in known.items() if i in read}
+  return _Steps(tuple(steps), constants, program, tuple(choices))
+
+
+class _Take(NamedTuple):
+  """Indices that a product takes of an axis of its data."""
+
+  source: int
+  indices: np.ndarray
+
+
+def _absorbed(
+  equations: list[Equation], program: Program, known: dict[int, Any]
+) -> dict[int, _Take]:
+  """What only matrix products read, and what is taken from an axis that they sum over.
+
+  A sparse matrix needs no inputs taken: in the place of the others it has nothing.
+  """
+  readers: dict[int, list[Equation]] = {}
+  for equation in equations:
+    for i in equation.inputs:
+      readers.setdefault(i, []).append(equation)
+  constants = dict(known)
+  takes = {}
+  for equation in equations:
+    if constants.keys() >= set(equation.inputs):
+      constants.update(zip(equation.outputs, _constant(equation, constants)))
+    elif equation.name == "gather" and equation.inputs[1] in constants:
+      (output,) = equation.outputs
+      reader, *others = readers.get(output, [None])
+      axis = axis_of_take(equation.params)
+      indices = constants[equation.inputs[1]]
+      if others or output in program.outputs or axis is None or indices.ndim != 2:
+        continue
+      if reader.name == "dot_general" and reader.inputs[1] in constants:
+        contracted, batch = reader.params["dimension_numbers"]
+        if contracted[0] == (axis,) and not batch[0]:
+          takes[output] = _Take(equation.inputs[0], indices[:, 0].astype(np.intp))
+  return takes
+
+
+def _needed(program: Program) -> list[Equation]:
+  """The equations that the outputs depend on."""
+  needed, equations = set(program.outputs), []
+  for equation in reversed(program.equations):
+    if not needed.isdisjoint(equation.outputs):
+      needed.update(equation.inputs)
+      equations.append(equation)
+  return equations[::-1]
+
+
+def _constant(equation: Equation, known: dict[int, Any]) -> list[np.ndarray]:
+  """The values of outputs that do not depend on the inputs."""
+  if equation.name == "broadcast_in_dim":  # A view, where JAX would make a copy.
+    return [broadcast(equation.params)(known[equation.inputs[0]])]
+  return list(map(np.asarray, equation.bind(*(known[i] for i in equation.inputs))))
+
+
+def _written_out(constant: np.ndarray, shape: Shape, like: np.ndarray) -> np.ndarray:
+  """A constant in this shape, in the order in which the other operand lies in memory."""
+  out = np.empty_like(like, constant.dtype, shape=shape)
+  out[...] = constant
+  return out
+
+
+def _same_type(program: Program, i: int, j: int) -> bool:
+  return (program.shapes[i], program.dtypes[i]) == (program.shapes[j], program.dtypes[j])
+
+
+# Products with weights.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+  """A product of rows that are made of the data with a matrix of weights.
+
+  Attributes:
+    data: the position of the operand that is not stored.
+    matrix: the weights.  # shape=(inputs, outputs)
+    rows: from the data to rows, with any number of leading axes.
+    axes: of the data that are summed over; none of a convolution.
+    shape: of the output channels.
+    first: whether these are the first axes of the output, and not the last.
+  """
+
+  data: int
+  matrix: np.ndarray
+  rows: Function
+  axes: tuple[int, ...]
+  shape: tuple[int, ...]
+  first: bool = False
+
+  def times(self, multiply: Function, data: np.ndarray) -> np.ndarray:
+    """The product, by a function that multiplies rows with the matrix."""
+    rows = self.rows(data)
+    out = multiply(rows.reshape(-1, rows.shape[-1]))
+    if self.first:
+      return out.T.reshape(*self.shape, *rows.shape[:-1])
+    return out.reshape(*rows.shape[:-1], *self.shape)
+
+
+def _ways(
+  product: _Product, take: _Take | None, shapes: list[Shape]
+) -> dict[str, Callable[[], Function]]:
+  """How to multiply the data, of which only some inputs may be taken."""
+
+  def sparse():
+    matrix = product.matrix
+    if take is not None:
+      matrix = np.zeros((shapes[take.source][product.axes[0]], matrix.shape[1]), matrix.dtype)
+      np.add.at(matrix, take.indices, product.matrix)
+    return functools.partial(product.times, runtime.sparse(matrix))
+
+  def dense():
+    multiply = functools.partial(product.times, runtime.dense(product.matrix))
+    if take is None:
+      return multiply
+    return lambda x: multiply(np.take(x, take.indices, product.axes[0], mode="clip"))
+
+  return {"dense": dense, "sparse": sparse}
+
+
+def _product(equation: Equation, known: dict[int, Any]) -> _Product | None:
+  """The product that an equation is, if it is one with weights."""
+  is_known = [i in known for i in equation.inputs]
+  if equation.name == "conv_general_dilated" and is_known == [False, True]:
+    return _conv(equation, known[equation.inputs[1]])
+  if equation.name != "dot_general" or not any(is_known):
+    return None
+  data = is_known.index(False)
+  contracted, batch = equation.params["dimension_numbers"]
+  if batch[0] or not contracted[0]:
+    return None
+  weights = known[equation.inputs[1 - data]]
+  count = len(contracted[0])
+  matrix = np.moveaxis(weights, contracted[1 - data], range(count))
+  shape = matrix.shape[count:]
+  matrix = matrix.reshape(int(np.prod(matrix.shape[:count])), -1)
+
+  def rows(x):
+    others = tuple(axis for axis in range(x.ndim) if axis not in contracted[data])
+    x = x.transpose(others + contracted[data])
+    return x.reshape(*x.shape[: len(others)], -1)
+
+  return _Product(data, matrix, rows, contracted[data], shape, first=data == 1)
+
+
+def _conv(equation: Equation, kernel: np.ndarray) -> _Product:
+  params = equation.params
+  numbers = params["dimension_numbers"]
+  last = len(numbers.lhs_spec) - 1
+  is_plain = (
+    last == 3
+    and numbers.lhs_spec == numbers.out_spec == (0, last, 1, 2)
+    and numbers.rhs_spec == (last, last - 1, 0, 1)
+    and {*params["lhs_dilation"], *params["rhs_dilation"]} == {1}
+    and params["feature_group_count"] == params["batch_group_count"] == 1
+  )
+  if not is_plain:
+    raise ValueError(
+      "only convolutions of two dimensions with channels last, without dilation and groups, can be"
+      f" translated to NumPy, but there is one with {params}."
+    )
+  layer = runtime.Conv(kernel, strides=params["window_strides"], padding=params["padding"])
+  return _Product(0, layer.matrix, layer.rows, (), kernel.shape[-1:])

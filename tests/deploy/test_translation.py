@@ -1,0 +1,163 @@
+"""JAX functions as NumPy operations: the same outputs, operation by operation and as networks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from sparsejax import deploy
+
+
+def random(*shape, seed=0):
+  return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
+
+
+def conv(x, w, padding="SAME", strides=(1, 1), **options):
+  numbers = options.pop("numbers", ("NHWC", "HWIO", "NHWC"))
+  return lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=numbers, **options)
+
+
+W = random(6, 5)
+FUNCTIONS = {
+  "dense": lambda p, x: x[:, 0, 0] @ p,
+  "dense_of_rows": lambda p, x: x @ p,
+  "weights_first": lambda p, x: p.T @ x[0, 0].T,
+  "two_axes": lambda p, x: jnp.einsum("bhwc,whco->bo", x, random(3, 4, 6, 2)),
+  "of_activations": lambda p, x: jnp.einsum("bhwc,bhvc->bhwv", x, jnp.tanh(x)),
+  "conv": lambda p, x: conv(x, random(3, 2, 6, 5)),
+  "conv_strides": lambda p, x: conv(x, random(3, 2, 6, 5), ((1, 2), (0, 1)), (2, 1)),
+  "elementwise": lambda p, x: (
+    jnp.exp(-x) * jnp.abs(x) + jnp.sqrt(x**2 + 1) / (1 + x**4) - lax.rsqrt(3 + jnp.sin(x))
+  ),
+  "activations": lambda p, x: jax.nn.silu(x) + jax.nn.relu(x) + jnp.tanh(x) + jax.nn.sigmoid(x),
+  "softmax": lambda p, x: jax.nn.log_softmax(x) + jax.nn.softmax(x, axis=1),
+  "select": lambda p, x: jnp.where((x > 0) & ~(x < -1) | (x == 2), x, 0.1 * x),
+  "clip": lambda p, x: jnp.clip(x, -0.5, 0.5) + lax.clamp(-1.0, x, 1.0),
+  "moves": lambda p, x: jnp.concatenate(
+    [
+      x.transpose(0, 2, 1, 3)[:, ::-1, 1:, ::2],
+      jnp.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :3, :3, :3],
+    ],
+    -1,
+  ),
+  "splits": lambda p, x: sum(jnp.split(x, 3, axis=-1)) + jnp.squeeze(x[:, :1], 1)[:, None, :, :2],
+  "reductions": lambda p, x: x.mean((1, 2)) + x.max(1).min(1) + jnp.sum(x > 0, (1, 2)),
+  "max_pool": lambda p, x: lax.reduce_window(
+    x, -jnp.inf, lax.max, (1, 3, 2, 1), (1, 2, 1, 1), "SAME"
+  ),
+  "mean_pool": lambda p, x: lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"),
+  "take": lambda p, x: jnp.take(x, np.array([3, 1, 1], np.uint16), axis=2, mode="clip"),
+  "constants": lambda p, x: x + jnp.arange(6.0) + jnp.cumsum(p[:, 0]),
+  "tree": lambda p, x: {"x": x, "constant": p, "both": (x * 2, x * 2 + 1)},
+  "unused": lambda p, x: (jnp.sort(x), x)[1],
+}
+
+
+def with_params(function):
+  """The function and something of its parameters, which not each of them uses."""
+  return lambda p, x: (function(p, x), p + 1)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_outputs_are_those_of_jax(name, kind):
+  function, x = with_params(FUNCTIONS[name]), random(2, 4, 3, 6)
+  before = x.copy()
+  translated = deploy.to_numpy(function, W, x, kind=kind)
+  expected = function(jnp.asarray(W), jnp.asarray(x))
+  for _ in range(2):  # Nothing that is held between calls is changed.
+    jax.tree.map(assert_close, translated(x), expected)
+  np.testing.assert_array_equal(x, before)
+
+
+def assert_close(found, expected):
+  assert found.shape == expected.shape and found.dtype == expected.dtype
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_value_that_is_read_again_is_not_overwritten():
+  def apply(p, x):
+    h = x @ p
+    return jax.nn.relu(h) + h.T.reshape(3, 3) + (h + 1) * h - jnp.square(h)
+
+  x, p = random(3, 3, seed=1), random(3, 3)
+  np.testing.assert_allclose(deploy.to_numpy(apply, p, x)(x), apply(p, x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_faster_kind_is_chosen_in_each_layer(monkeypatch):
+  monkeypatch.setattr(
+    "sparsejax.deploy.runtime.take_turns",
+    lambda ways, rounds, turn: {name: [len(name)] * rounds for name in ways},
+  )
+  translated = deploy.to_numpy(lambda p, x: x @ p @ p.T, W, random(2, 6))
+  assert translated.choices == ("dense", "dense")  # It has the shorter name.
+
+
+def test_indices_that_are_taken_are_built_into_a_sparse_matrix_and_taken_for_a_dense_one():
+  indices = np.array([4, 1, 1, 0])
+
+  def apply(p, x):
+    taken = jnp.take(x, indices, axis=1, mode="clip")
+    both = jnp.take(x, indices[:3], axis=1, mode="clip")  # It is read twice.
+    return taken @ p[:4] + both @ p[:3] + jnp.sum(both, 1, keepdims=True)
+
+  x = random(3, 5)
+  for kind in ("dense", "sparse"):
+    translated = deploy.to_numpy(apply, W, x, kind=kind)
+    assert_close(translated(x), apply(jnp.asarray(W), x))
+
+
+def test_examples_are_shared_out_among_threads(monkeypatch):
+  apply = lambda p, x, y: {"out": jnp.tanh(x @ p), "y": (x + y).sum(1)}
+  x, y = random(6, 6), random(6, 1)
+  expected = apply(jnp.asarray(W), x, y)
+  for threads in (1, 2, 3):
+    translated = deploy.to_numpy(apply, W, (x, y), kind="sparse", threads=threads)
+    assert translated.threads == threads
+    jax.tree.map(assert_close, translated(x, y), expected)
+  with pytest.raises(ValueError, match="threads=4 do not divide"):
+    deploy.to_numpy(apply, W, (x, y), threads=4)
+  monkeypatch.setattr("sparsejax.deploy.translation._count_cores", lambda: 3)
+  for faster in ("1", "3"):
+    monkeypatch.setattr(
+      "sparsejax.deploy.runtime.take_turns",
+      lambda calls, rounds, turn, faster=faster: {n: [int(n != faster)] for n in calls},
+    )
+    assert deploy.to_numpy(apply, W, (x, y), threads="fastest").threads == int(faster)
+  # Five examples are not divided by three.
+  assert deploy.to_numpy(apply, W, (x[:5], y[:5]), threads="fastest").threads == 1
+
+
+@pytest.mark.parametrize(
+  "function, match",
+  [
+    (lambda p, x: jnp.sort(x), "sort cannot be translated"),
+    (lambda p, x: conv(x, random(3, 3, 6, 2), rhs_dilation=(2, 2)), "without dilation"),
+    (lambda p, x: conv(x, random(3, 3, 1, 6), feature_group_count=6), "and groups"),
+    (lambda p, x: jnp.take(x, jnp.int32(x[:, 0, 0, 0]), axis=1), "gather"),
+    (lambda p, x: x[:, [0, 1], [1, 2]], "gather"),
+    (lambda p, x: lax.pad(x, 0.0, ((0, 0, 0), (0, 0, 1), (0, 0, 0), (0, 0, 0))), "a pad"),
+  ],
+)
+def test_what_cannot_be_translated_is_named(function, match):
+  with pytest.raises(ValueError, match=match):
+    deploy.to_numpy(with_params(function), W, random(2, 4, 3, 6))
+
+
+def test_inputs_unlike_the_example_are_an_error():
+  translated = deploy.to_numpy(lambda p, x: x @ p, W, random(2, 6))
+  with pytest.raises(ValueError, match=r"of shape \(3, 6\), but.*\(2, 6\): translate it"):
+    translated(random(3, 6))
+  with pytest.raises(ValueError, match="float64"):
+    translated(np.ones((2, 6)))
+
+
+def test_nan_and_parameters_of_another_function_are_errors():
+  apply = lambda p, x: x @ p["w"]
+  with pytest.raises(ValueError, match="'w' holds NaN"):
+    deploy.to_numpy(apply, {"w": np.full((6, 2), np.nan)}, random(2, 6))
+  with pytest.raises(ValueError, match="do the parameters belong to the function"):
+    deploy.to_numpy(apply, {"w": random(5, 2)}, random(2, 6))
+  with pytest.raises(ValueError, match="no sparse matrices of bfloat16"):
+    deploy.to_numpy(apply, {"w": jnp.ones((6, 2), jnp.bfloat16)}, random(2, 6), kind="sparse")
