@@ -16,6 +16,7 @@ from sparsejax import masks as masks_lib
 from sparsejax.deploy import program as programs
 from sparsejax.deploy import runtime
 from sparsejax.deploy.operations import Function, axis_of_take, broadcast, function_of
+from sparsejax.deploy.products import Take, product_of, ways_to_multiply
 from sparsejax.deploy.program import Equation, Program, Shape
 from sparsejax.masks import PyTree
 
@@ -208,12 +209,12 @@ def _translate(
     if equation.outputs[0] in takes:
       continue
     operands, in_place = equation.inputs, False
-    product = _product(equation, known)
+    product = product_of(equation, known)
     if product is not None:
       data = operands[product.data]
       take = takes.get(data)
       operands = (data if take is None else take.source,)
-      ways = _ways(product, take, program.shapes)
+      ways = ways_to_multiply(product, take, program.shapes)
       choice, function = runtime.choose(ways, running[operands[0]], kind, rounds)
       choices.append(choice)
     else:
@@ -249,16 +250,9 @@ def _translate(
   return _Steps(tuple(steps), constants, program, tuple(choices))
 
 
-class _Take(NamedTuple):
-  """Indices that a product takes of an axis of its data."""
-
-  source: int
-  indices: np.ndarray
-
-
 def _absorbed(
   equations: list[Equation], program: Program, known: dict[int, Any]
-) -> dict[int, _Take]:
+) -> dict[int, Take]:
   """What only matrix products read, and what is taken from an axis that they sum over.
 
   A sparse matrix needs no inputs taken: in the place of the others it has nothing.
@@ -282,7 +276,7 @@ def _absorbed(
       if reader.name == "dot_general" and reader.inputs[1] in constants:
         contracted, batch = reader.params["dimension_numbers"]
         if contracted[0] == (axis,) and not batch[0]:
-          takes[output] = _Take(equation.inputs[0], indices[:, 0].astype(np.intp))
+          takes[output] = Take(equation.inputs[0], indices[:, 0].astype(np.intp))
   return takes
 
 
@@ -312,101 +306,3 @@ def _written_out(constant: np.ndarray, shape: Shape, like: np.ndarray) -> np.nda
 
 def _same_type(program: Program, i: int, j: int) -> bool:
   return (program.shapes[i], program.dtypes[i]) == (program.shapes[j], program.dtypes[j])
-
-
-# Products with weights.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Product:
-  """A product of rows that are made of the data with a matrix of weights.
-
-  Attributes:
-    data: the position of the operand that is not stored.
-    matrix: the weights.  # shape=(inputs, outputs)
-    rows: from the data to rows, with any number of leading axes.
-    axes: of the data that are summed over; none of a convolution.
-    shape: of the output channels.
-    first: whether these are the first axes of the output, and not the last.
-  """
-
-  data: int
-  matrix: np.ndarray
-  rows: Function
-  axes: tuple[int, ...]
-  shape: tuple[int, ...]
-  first: bool = False
-
-  def times(self, multiply: Function, data: np.ndarray) -> np.ndarray:
-    """The product, by a function that multiplies rows with the matrix."""
-    rows = self.rows(data)
-    out = multiply(rows.reshape(-1, rows.shape[-1]))
-    if self.first:
-      return out.T.reshape(*self.shape, *rows.shape[:-1])
-    return out.reshape(*rows.shape[:-1], *self.shape)
-
-
-def _ways(
-  product: _Product, take: _Take | None, shapes: list[Shape]
-) -> dict[str, Callable[[], Function]]:
-  """How to multiply the data, of which only some inputs may be taken."""
-
-  def sparse():
-    matrix = product.matrix
-    if take is not None:
-      matrix = np.zeros((shapes[take.source][product.axes[0]], matrix.shape[1]), matrix.dtype)
-      np.add.at(matrix, take.indices, product.matrix)
-    return functools.partial(product.times, runtime.sparse(matrix))
-
-  def dense():
-    multiply = functools.partial(product.times, runtime.dense(product.matrix))
-    if take is None:
-      return multiply
-    return lambda x: multiply(np.take(x, take.indices, product.axes[0], mode="clip"))
-
-  return {"dense": dense, "sparse": sparse}
-
-
-def _product(equation: Equation, known: dict[int, Any]) -> _Product | None:
-  """The product that an equation is, if it is one with weights."""
-  is_known = [i in known for i in equation.inputs]
-  if equation.name == "conv_general_dilated" and is_known == [False, True]:
-    return _conv(equation, known[equation.inputs[1]])
-  if equation.name != "dot_general" or not any(is_known):
-    return None
-  data = is_known.index(False)
-  contracted, batch = equation.params["dimension_numbers"]
-  if batch[0] or not contracted[0]:
-    return None
-  weights = known[equation.inputs[1 - data]]
-  count = len(contracted[0])
-  matrix = np.moveaxis(weights, contracted[1 - data], range(count))
-  shape = matrix.shape[count:]
-  matrix = matrix.reshape(int(np.prod(matrix.shape[:count])), -1)
-
-  def rows(x):
-    others = tuple(axis for axis in range(x.ndim) if axis not in contracted[data])
-    x = x.transpose(others + contracted[data])
-    return x.reshape(*x.shape[: len(others)], -1)
-
-  return _Product(data, matrix, rows, contracted[data], shape, first=data == 1)
-
-
-def _conv(equation: Equation, kernel: np.ndarray) -> _Product:
-  params = equation.params
-  numbers = params["dimension_numbers"]
-  last = len(numbers.lhs_spec) - 1
-  is_plain = (
-    last == 3
-    and numbers.lhs_spec == numbers.out_spec == (0, last, 1, 2)
-    and numbers.rhs_spec == (last, last - 1, 0, 1)
-    and {*params["lhs_dilation"], *params["rhs_dilation"]} == {1}
-    and params["feature_group_count"] == params["batch_group_count"] == 1
-  )
-  if not is_plain:
-    raise ValueError(
-      "only convolutions of two dimensions with channels last, without dilation and groups, can be"
-      f" translated to NumPy, but there is one with {params}."
-    )
-  layer = runtime.Conv(kernel, strides=params["window_strides"], padding=params["padding"])
-  return _Product(0, layer.matrix, layer.rows, (), kernel.shape[-1:])
