@@ -364,15 +364,15 @@ def test_ties_go_by_the_order_of_the_leaves_of_the_tree():
   assert_same(masks, [np.array([True, True]), np.array([True, False])])
 
 
-def test_a_thousand_small_leaves_are_one_pool():
+def test_hundreds_of_small_leaves_are_one_pool():
   rng = np.random.default_rng(7)
-  shapes = [(3,), (2, 2), (), (5, 1), (0,)] * 200
+  shapes = [(3,), (2, 2), (), (5, 1), (0,)] * 60
   scores = [np.asarray(rng.integers(0, 40, shape), F32) for shape in shapes]
   device = on_device(scores)
-  # Without optimization, which is what takes the time to compile a thousand leaves.
+  # Without optimization, which is what takes the time to compile so many leaves.
   options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
   select_unoptimized = jax.jit(sparsejax.select_smallest, compiler_options=options)
-  for k in (1, 1000, 2599):
+  for k in (1, 300, 779):
     masks = select_unoptimized(device, jnp.int32(k))
     assert_same(masks, reference.select_smallest(scores, k))
 
