@@ -158,7 +158,7 @@ class Report:
     return " ".join(texts)
 
   def __str__(self) -> str:
-    header, *_ = rows = [list(row) for row in self.cells]
+    header = list(self.cells[0])
     rows = [list(row.values()) for row in self.cells]
     return "\n".join([*report_lib.table(header, rows, [], left=1)[:-1], self.conclusion])
 
