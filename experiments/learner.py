@@ -49,7 +49,8 @@ class Learner:
     augment: (key, pixels) -> pixels in [0, 1].
     prepare: (key of the epoch, number of the step, pixels) -> what the network gets in training.
     change_masks: state -> state, before the first step of each epoch: with the masks of that step,
-      if they are those of a ramp, which changes them nowhere else.
+      if they are those of a ramp, which changes them nowhere else. Where pruned weights keep their
+      values, the loss of that step is computed under them.
     train_step: (state, prepared pixels, labels, key of the epoch) -> state, and the sums of the
       losses and of the right answers. It keeps the masks of a ramp; given a `tx` too, it makes the
       step of that optimizer.

@@ -116,12 +116,12 @@ def make_trainer(
   )
   end = jax.jit(learner.end, static_argnums=2, out_shardings=everywhere)
 
-  def make_epoch(step_fn):
+  def make_epoch(change_fn, step_fn):
     def epoch(state, train):
       number = int(state.step) // steps
       start = jax.random.fold_in(step_key, number), jnp.zeros(2)
       key, sums = distributed.place(start, everywhere)
-      state = change_masks(state)
+      state = change_fn(state)
       for pixels, labels in on_devices(train.shuffled(number)):
         state, of_step = step_fn(state, pixels, labels, key)
         sums += of_step
@@ -132,7 +132,10 @@ def make_trainer(
   def compile_epoch():
     pixels = jax.ShapeDtypeStruct([recipe.batch_size, *image_shape], jnp.uint8)
     labels = jax.ShapeDtypeStruct([recipe.batch_size], jnp.int32)
-    return make_epoch(train_step.lower(learner.state, pixels, labels, step_key).compile())
+    return make_epoch(
+      change_masks.lower(learner.state).compile(),
+      train_step.lower(learner.state, pixels, labels, step_key).compile(),
+    )
 
   @functools.partial(
     jax.jit,
@@ -166,7 +169,7 @@ def make_trainer(
     init=init,
     start=start,
     tx=learner.tx,
-    epoch=make_epoch(train_step),
+    epoch=make_epoch(change_masks, train_step),
     steps_are_calls=True,
     compile_epoch=compile_epoch,
     evaluate=evaluate,

@@ -1,4 +1,4 @@
-"""The jitted epoch: data on the device, augmentation and optimizer steps in one scan.
+"""The jitted epoch: data on the device, and augmentation and optimizer steps in one program.
 
 Only networks with convolutions are called step by step on a CPU: see `compile_epoch`. Images that
 no memory holds are streamed instead: see `experiments.streaming`.
@@ -24,7 +24,9 @@ from experiments.methods import Variables
 from experiments.recipe import Recipe
 
 # On a GPU or a TPU, images of so many steps are augmented at once, before an epoch's first step:
-# those of one are so few that most of the time would go into the launches of small programs.
+# those of one are so few that most of the time would go into the launches of small programs. All of
+# an epoch are then in memory, in the type that the network computes with: 273 MB of CIFAR-10 in
+# bfloat16, and as often as there are runs side by side.
 _PREPARED_TOGETHER = 32
 
 

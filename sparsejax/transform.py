@@ -112,9 +112,9 @@ def masked_updates(
   Args:
     rule: takes the `Call` and returns the new masks, or is a `Rule`. It runs only when masks are
       due (under `vmap`, when they are in any lane), and may use anything that JAX can trace.
-    due: takes the number of the call, from 0, and returns whether masks change at it. With one that
-      returns False, `update` keeps the masks in the state of any other link: for loops of steps at
-      which none are due, as between two epochs, without the conditional.
+    due: takes the number of the call, from 0, and returns whether masks change at it. One that
+      always returns False makes a link that keeps the masks in the state of any other one: for
+      loops of steps at which none are due, since XLA drops the conditional then.
     inner: the optimizer to wrap.
     after_step: whether masks change by the weights that the inner optimizer's step leaves, not by
       those before it. Calls count from 1 then, and what grows takes its first step at the next one.

@@ -185,7 +185,7 @@ def forward_flops(recipe: Recipe, dataset: Dataset) -> int:
 
   def count(call, args, kwargs, context):
     out = call(*args, **kwargs)
-    if isinstance(context.module, nn.Conv | nn.Dense):
+    if isinstance(context.module, nn.Conv | nn.Dense) and context.method_name == "__call__":
       kernel = context.module.get_variable("params", "kernel")
       flops.append(2 * kernel.size * math.prod(out.shape[1:-1]))
     return out

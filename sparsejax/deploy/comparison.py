@@ -336,7 +336,7 @@ def _measure(forms, inputs, original, batches, rounds):
     for name, form in forms.items():
       kind = "fastest" if form.is_sparse else "dense"
       # NumPy's dense products have threads of their own.
-      threads = 1 if name == "dense" else "fastest"
+      threads = "fastest" if form.is_sparse else 1
       network = networks[name][batch] = to_numpy(
         form.apply_fn, form.params, examples, kind=kind, threads=threads, rounds=rounds
       )

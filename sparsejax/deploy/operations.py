@@ -59,8 +59,11 @@ def broadcast(params: dict[str, Any]) -> Function:
   return view
 
 
-def axis_of_take(params: dict[str, Any]) -> int | None:
-  """The axis along which a gather takes indices, as `jnp.take` does; None if it does more."""
+def axis_of_take(params: dict[str, Any], shape: tuple[int, ...]) -> int | None:
+  """The axis of an array of this shape along which a gather takes indices, as `jnp.take` does.
+
+  None if it does more.
+  """
   numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
   if len(numbers.start_index_map) != 1 or params["mode"] not in _TAKES:
     return None
@@ -70,17 +73,15 @@ def axis_of_take(params: dict[str, Any]) -> int | None:
     numbers.collapsed_slice_dims == (axis,)
     and not numbers.operand_batching_dims
     and numbers.offset_dims == others
+    and all(sizes[a] == shape[a] for a in others)
   )
   return axis if is_take else None
 
 
 def _gather(params):
-  axis, sizes = axis_of_take(params), params["slice_sizes"]
-  if axis is None:
-    raise ValueError(f"a gather with {params} cannot be translated to NumPy.")
-
   def take(x, indices):
-    if indices.ndim != 2 or any(sizes[a] != x.shape[a] for a in range(x.ndim) if a != axis):
+    axis = axis_of_take(params, x.shape)
+    if axis is None or indices.ndim != 2:
       raise ValueError(f"a gather with {params} cannot be translated to NumPy.")
     return np.take(x, indices[:, 0], axis, mode="clip")
 

@@ -56,8 +56,9 @@ def ways_to_multiply(
   def sparse():
     matrix = product.matrix
     if take is not None:
-      matrix = np.zeros((shapes[take.source][product.axes[0]], matrix.shape[1]), matrix.dtype)
-      np.add.at(matrix, take.indices, product.matrix)
+      size = shapes[take.source][product.axes[0]]
+      matrix = np.zeros((size, matrix.shape[1]), matrix.dtype)
+      np.add.at(matrix, np.clip(take.indices, 0, size - 1), product.matrix)
     return functools.partial(product.times, runtime.sparse(matrix))
 
   def dense():

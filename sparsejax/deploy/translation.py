@@ -126,8 +126,8 @@ def to_numpy(
 
   sizes = {len(x) if x.ndim else 1 for x in jax.tree.leaves(inputs)}
   if threads != "fastest":
-    if any(size % threads for size in sizes):
-      raise ValueError(f"threads={threads} do not divide {sizes} examples.")
+    if threads < 1 or any(size % threads for size in sizes):
+      raise ValueError(f"threads={threads} do not divide {sizes} examples among them.")
     return translated(threads)
   cores = _count_cores()
   one = translated(1)
@@ -243,6 +243,12 @@ def _translate(
     step = _Step(function, operands, equation.outputs, tuple(ending), in_place)
     values = known | running
     step(values)
+    for i in equation.outputs:
+      if values[i].dtype != program.dtypes[i]:
+        raise ValueError(
+          f"{equation.name!r} to {program.dtypes[i]} cannot be translated to NumPy, where it gives"
+          f" {values[i].dtype}."
+        )
     running = {i: x for i, x in values.items() if i in running or i in equation.outputs}
     steps.append(step)
   read = {i for step in steps for i in step.inputs} | set(program.outputs)
@@ -269,7 +275,7 @@ def _absorbed(
     elif equation.name == "gather" and equation.inputs[1] in constants:
       (output,) = equation.outputs
       reader, *others = readers.get(output, [None])
-      axis = axis_of_take(equation.params)
+      axis = axis_of_take(equation.params, program.shapes[equation.inputs[0]])
       indices = constants[equation.inputs[1]]
       if others or output in program.outputs or axis is None or indices.ndim != 2:
         continue

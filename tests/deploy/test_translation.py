@@ -71,6 +71,12 @@ def test_outputs_are_those_of_jax(name, kind):
   np.testing.assert_array_equal(x, before)
 
 
+def take_corners(x):
+  """One of two rows at each index, of an array of two."""
+  numbers = lax.GatherDimensionNumbers((0,), (1,), (1,))
+  return lax.gather(x, np.array([[0], [2], [3], [1]]), numbers, (1, 1), mode="clip")
+
+
 def assert_close(found, expected):
   assert found.shape == expected.shape and found.dtype == expected.dtype
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -108,6 +114,23 @@ def test_indices_that_are_taken_are_built_into_a_sparse_matrix_and_taken_for_a_d
     assert_close(translated(x), apply(jnp.asarray(W), x))
 
 
+def test_indices_beyond_the_ends_are_the_last_ones_on_each_side():
+  apply = lambda p, x: jnp.take(x, np.array([-1, 2, 9]), axis=1, mode="clip") @ p[:3]
+  x = random(3, 4)
+  for kind in ("dense", "sparse"):
+    assert_close(deploy.to_numpy(apply, W, x, kind=kind)(x), apply(jnp.asarray(W), x))
+
+
+def test_weights_of_a_type_without_products_in_numpy_or_scipy_are_an_error():
+  x, weights = jnp.asarray(random(2, 6), jnp.bfloat16), jnp.asarray(W, jnp.bfloat16)
+  apply = lambda p, x: x @ p
+  with pytest.raises(ValueError, match="'dot_general' to bfloat16 cannot be translated"):
+    deploy.to_numpy(apply, weights, x, kind="dense")
+  for kind in ("sparse", "fastest"):
+    with pytest.raises(ValueError, match="no sparse matrices of bfloat16: convert it to float32"):
+      deploy.to_numpy(apply, weights, x, kind=kind)
+
+
 def test_examples_are_shared_out_among_threads(monkeypatch):
   apply = lambda p, x, y: {"out": jnp.tanh(x @ p), "y": (x + y).sum(1)}
   x, y = random(6, 6), random(6, 1)
@@ -118,6 +141,8 @@ def test_examples_are_shared_out_among_threads(monkeypatch):
     jax.tree.map(assert_close, translated(x, y), expected)
   with pytest.raises(ValueError, match="threads=4 do not divide"):
     deploy.to_numpy(apply, W, (x, y), threads=4)
+  with pytest.raises(ValueError, match="threads=0 do not divide"):
+    deploy.to_numpy(apply, W, (x, y), threads=0)
   monkeypatch.setattr("sparsejax.deploy.translation._count_cores", lambda: 3)
   for faster in ("1", "3"):
     monkeypatch.setattr(
@@ -137,6 +162,8 @@ def test_examples_are_shared_out_among_threads(monkeypatch):
     (lambda p, x: conv(x, random(3, 3, 1, 6), feature_group_count=6), "and groups"),
     (lambda p, x: jnp.take(x, jnp.int32(x[:, 0, 0, 0]), axis=1), "gather"),
     (lambda p, x: x[:, [0, 1], [1, 2]], "gather"),
+    (lambda p, x: take_corners(x[:, :, 0, 0]) @ random(4, 1), "gather"),
+    (lambda p, x: jnp.int32(x) // 1 + lax.div(jnp.int32(x), jnp.int32(2)), "cannot be translated"),
     (lambda p, x: lax.pad(x, 0.0, ((0, 0, 0), (0, 0, 1), (0, 0, 0), (0, 0, 0))), "a pad"),
   ],
 )
