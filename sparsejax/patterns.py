@@ -22,6 +22,7 @@ References:
   <https://arxiv.org/abs/2104.08378>`_, 2021
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -172,12 +173,12 @@ class NM(Pattern):
     return x.reshape(*x.shape[:axis], x.shape[axis] // self.m, self.m, *x.shape[axis + 1 :])
 
 
-class _Tiles(Pattern):
+class _Tiles(Pattern, abc.ABC):
   """Weights that are pruned together or not at all."""
 
+  @abc.abstractmethod
   def tile(self, shape: tuple[int, ...]) -> tuple[int, ...]:
     """How long a unit is along each axis of a kernel."""
-    raise NotImplementedError
 
   def units(self, shape: tuple[int, ...]) -> tuple[int, ...]:
     tile = self.tile(shape)

@@ -121,7 +121,6 @@ def test_committed_reports_are_made_of_their_json(path):
   assert "dirty" not in record["commit"]
 
 
-@pytest.mark.skipif(not (RESULTS / "inference.json").exists(), reason="not measured yet")
 def test_the_committed_times_of_inference_are_made_of_their_json():
   record = records.read_json(RESULTS / "inference.json")
   text = (RESULTS / "inference.md").read_text()
