@@ -98,8 +98,10 @@ def most_sent(row: Row) -> int:
   return row["sent"]["once"] + passes * row["sent"]["each_pass"]
 
 
-def growth(sizes: Sequence[float], values: Sequence[float]) -> float:
-  """The exponent of the power law that fits best."""
+def growth(sizes: Sequence[float], values: Sequence[float]) -> float | None:
+  """The exponent of the power law that fits best; none, if a value was lost in the noise."""
+  if min(values) <= 0:
+    return None
   return statistics.linear_regression(*([math.log(x) for x in each] for each in (sizes, values)))[0]
 
 

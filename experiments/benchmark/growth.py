@@ -44,13 +44,15 @@ def growth_with_weights(record: Record) -> list[str]:
     for name, value in quantities:
       values = [value(row) for row in rows]
       cells = [f"{1e9 * value / size:.3g}" for value, size in zip(values, sizes)]
-      lines.append([name, *cells, f"N^{figures.growth(sizes, values):.2f}"])
+      power = figures.growth(sizes, values)
+      lines.append([name, *cells, "-" if power is None else f"N^{power:.2f}"])
   if not lines:
     return []
   return [
     "## Growth with the number of weights",
     "Nanoseconds per weight, with progressive pruning; and the power of the number of weights with"
-    " which the whole grows, by least squares of the logarithms.",
+    " which the whole grows, by least squares of the logarithms, unless a difference of two times"
+    " came to nothing.",
     figures.table(["time per weight, ns", *header, "the whole grows as"], lines),
   ]
 
@@ -78,5 +80,5 @@ def growth_with_devices(record: Record) -> list[str]:
 
 
 def _relative(values: Sequence[float]) -> list[str]:
-  first = next(filter(None, values), 1)
+  first = next((value for value in values if value > 0), 1)
   return [f"{value / first:.3g}" for value in values]

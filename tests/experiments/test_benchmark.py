@@ -92,6 +92,16 @@ def test_tables_are_rectangular_and_grow_with_what_was_measured(record):
   assert "the whole grows as" not in report.to_markdown(record)
 
 
+def test_a_difference_that_noise_made_negative_grows_as_nothing(record):
+  for row in figures.progressive_steps(record):
+    row["seconds"] |= {"kept": [2e-3], "changed": [1e-3], "bare": [row["weights"] * 1e-9]}
+  lines = report.to_markdown(record).splitlines()
+  (update,) = (line for line in lines if line.startswith("| mask update | -"))
+  assert update.endswith(" | - |")
+  (bare,) = (line for line in lines if line.startswith("| bare step | 1 | 1 |"))
+  assert bare.endswith(" | N^1.00 |")
+
+
 @pytest.mark.parametrize(
   ("readings", "verdict"), [(11.9, "reached"), (12.1, "missed")], ids=["under", "over"]
 )
