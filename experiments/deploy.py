@@ -156,7 +156,7 @@ def make_report(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
     "changes": changes,
     "trained": {key: result[key] for key in ("test_accuracy", "pruned", "pool", "commit")},
     "hardware": hardware,
-    **records.provenance(),
+    **records.provenance(["scipy", "numba"]),
     "rounds": options.rounds,
     "report": dataclasses.asdict(report),
     "table": report.cells,
@@ -238,9 +238,10 @@ def to_markdown(record: dict[str, Any]) -> str:
     " fifth of a second, whose fastest call counts; on"
     f" {hardware['processor']}, {hardware['cores']} cores, {hardware['load']:.1f} processes at work"
     f" on them before; JAX on {report['device']}, to which zeros are numbers like others. In NumPy,"
-    " dense products take as many threads as NumPy gives them, and SciPy's sparse ones take one."
-    " Chosen, by their time, were for each product one of these, and among how many threads"
-    f" examples are shared out. {choices}.",
+    " dense products take as many threads as NumPy gives them, and sparse ones, by"
+    f" {'Numba' if 'numba' in record['versions'] else 'SciPy'}, take one. Chosen, by their time,"
+    f" were for each product one of these, and among how many threads examples are shared out."
+    f" {choices}.",
     f"Trained at commit {trained['commit']}, measured at {record['commit']}; {packages}.",
     "![Where the weights lie](layout.png)",
     "## What compaction leaves",

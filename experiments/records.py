@@ -11,7 +11,7 @@ import pathlib
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -175,8 +175,12 @@ def describe_result(recipe: Recipe, result: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def provenance() -> dict[str, Any]:
-  """The commit and the versions that a result comes from."""
+def provenance(packages: Sequence[str] = ()) -> dict[str, Any]:
+  """The commit and the versions that a result comes from.
+
+  Args:
+    packages: others that count, if they are installed.
+  """
   try:
     git = subprocess.run(
       ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"],
@@ -189,6 +193,9 @@ def provenance() -> dict[str, Any]:
   except OSError:  # There is no git.
     commit = None
   versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+  for package in packages:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[package] = importlib.metadata.version(package)
   return {"commit": commit, "versions": {"python": platform.python_version(), **versions}}
 
 

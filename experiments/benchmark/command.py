@@ -221,7 +221,7 @@ def measure(options: Options) -> dict[str, Any]:
     seconds[name] = time.perf_counter() - started
   return {
     "hardware": records.hardware(),
-    **records.provenance(),
+    **records.provenance(["scipy", "numba"]),
     "rounds": options.rounds,
     "sparsity": options.sparsity,
     "seconds": seconds,

@@ -286,9 +286,10 @@ TABLES = (
   Table(
     "Inference on the host",
     ("inference",),
-    "Random weights, pruned by magnitude. `deploy.to_numpy` multiplies with SciPy's CSR matrices or"
-    " with dense ones, whichever took less time in each layer, in one thread or in all, whichever"
-    " took less time. CSR takes one thread, NumPy's dense products take their own. To JAX, zeros"
+    "Random weights, pruned by magnitude. `deploy.to_numpy` multiplies with CSR matrices, by Numba"
+    " if it is installed and else by SciPy, or with dense ones, whichever took less time in each"
+    " layer, in one thread or in all, whichever took less time. CSR takes one thread, NumPy's dense"
+    " products take their own. To JAX, zeros"
     " are numbers like others. A turn of a variant is a fifth of a second, of which the fastest"
     " call counts.",
     (

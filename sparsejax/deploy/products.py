@@ -53,24 +53,29 @@ def ways_to_multiply(
 ) -> dict[str, Callable[[], Function]]:
   """How to multiply the data, of which only some inputs may be taken."""
 
+  if take is not None:
+    axis = product.axes[0]
+    size = shapes[take.source][axis]
+    indices = np.clip(take.indices, 0, size - 1)
+
   def sparse():
     matrix = product.matrix
     if take is not None:
-      size = shapes[take.source][product.axes[0]]
       matrix = np.zeros((size, matrix.shape[1]), matrix.dtype)
-      np.add.at(matrix, np.clip(take.indices, 0, size - 1), product.matrix)
+      np.add.at(matrix, indices, product.matrix)
     return functools.partial(product.times, runtime.sparse(matrix))
 
   def dense():
     multiply = functools.partial(product.times, runtime.dense(product.matrix))
     if take is None:
       return multiply
-    return lambda x: multiply(np.take(x, take.indices, product.axes[0], mode="clip"))
+    taken = (*[slice(None)] * axis, indices)  # Faster than `np.take`.
+    return lambda x: multiply(x[taken])
 
   return {"dense": dense, "sparse": sparse}
 
 
-def product_of(equation: Equation, known: dict[int, Any]) -> Product | None:
+def product_of(equation: Equation, known: dict[int, Any], shapes: list[Shape]) -> Product | None:
   """The product that an equation is, if it is one with weights."""
   is_known = [i in known for i in equation.inputs]
   if equation.name == "conv_general_dilated" and is_known == [False, True]:
@@ -87,10 +92,12 @@ def product_of(equation: Equation, known: dict[int, Any]) -> Product | None:
   shape = matrix.shape[count:]
   matrix = matrix.reshape(int(np.prod(matrix.shape[:count])), -1)
 
+  order = range(len(shapes[equation.inputs[data]]))
+  others = tuple(axis for axis in order if axis not in contracted[data])
+
   def rows(x):
-    others = tuple(axis for axis in range(x.ndim) if axis not in contracted[data])
-    x = x.transpose(others + contracted[data])
-    return x.reshape(*x.shape[: len(others)], -1)
+    moved = x.transpose(others + contracted[data])
+    return moved.reshape(*moved.shape[: len(others)], -1)
 
   return Product(data, matrix, rows, contracted[data], shape, first=data == 1)
 

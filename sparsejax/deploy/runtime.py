@@ -1,7 +1,8 @@
 """Inference with NumPy and SciPy alone, for networks of dense and convolution layers.
 
 This file needs nothing else of the library, nor JAX: it may be copied. Each layer multiplies with a
-dense or with a sparse (CSR) matrix, whichever took less time when the network was made.
+dense or with a sparse (CSR) matrix, whichever took less time when the network was made. Where Numba
+is installed, it makes sparse products faster.
 """
 
 import dataclasses
@@ -242,7 +243,7 @@ def dense(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def sparse(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-  """The same with a sparse matrix."""
+  """The same with a sparse matrix (CSR), by Numba if it is installed, or else by SciPy."""
   try:
     import scipy.sparse
   except ModuleNotFoundError as error:
@@ -252,7 +253,58 @@ def sparse(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
   if matrix.dtype not in (np.float32, np.float64):
     raise ValueError(f"SciPy has no sparse matrices of {matrix.dtype}: convert it to float32.")
   transposed = scipy.sparse.csr_matrix(matrix.T)
-  return lambda rows: (transposed @ rows.T).T
+  compiled = _compiled(matrix.dtype)
+  # Indices without a sign need no look at whether they count from the end.
+  starts, columns = transposed.indptr.astype(np.uint64), transposed.indices.astype(np.uint32)
+
+  def multiply(rows):
+    if compiled is None or rows.dtype != matrix.dtype:
+      return (transposed @ rows.T).T
+    out = np.empty((len(starts) - 1, len(rows)), matrix.dtype)
+    compiled(starts, columns, transposed.data, np.ascontiguousarray(rows.T), out)
+    return out.T
+
+  return multiply
+
+
+@functools.cache
+def _compiled(dtype: np.dtype) -> Callable[..., None] | None:
+  """A product of CSR and dense matrices, compiled; SciPy's has no wide vector instructions."""
+  try:
+    import numba
+  except ModuleNotFoundError:
+    return None
+  number = numba.from_dtype(dtype)
+  one, two, three, four = map(np.uint64, (1, 2, 3, 4))
+
+  def read(kind, dimensions):
+    return numba.types.Array(kind, dimensions, "C", readonly=True)
+
+  arrays = read(numba.uint64, 1), read(numba.uint32, 1), read(number, 1), read(number, 2)
+
+  # With a signature, this is compiled now and not at the first call.
+  @numba.njit(
+    numba.void(*arrays, numba.types.Array(number, 2, "C")), fastmath={"contract"}, nogil=True
+  )
+  def multiply(starts, columns, values, x, out):
+    for row in range(len(out)):
+      total = out[row]
+      total[:] = 0
+      i, end = starts[row], starts[row + 1]
+      while i + four <= end:  # Sums are read and written once for four products.
+        v0, v1, v2, v3 = values[i], values[i + one], values[i + two], values[i + three]
+        x0, x1 = x[columns[i]], x[columns[i + one]]
+        x2, x3 = x[columns[i + two]], x[columns[i + three]]
+        for n in range(len(total)):
+          total[n] += v0 * x0[n] + v1 * x1[n] + v2 * x2[n] + v3 * x3[n]
+        i += four
+      while i < end:
+        v0, x0 = values[i], x[columns[i]]
+        for n in range(len(total)):
+          total[n] += v0 * x0[n]
+        i += one
+
+  return multiply
 
 
 def _windows(

@@ -90,7 +90,7 @@ def to_numpy(
       which it is to be fast.
     kind: of the matrices; by default the one that takes less time in each layer.
     threads: among how many threads examples are shared out, which needs functions that compute each
-      example by itself, and leading axes that are those of the examples: SciPy's products take but
+      example by itself, and leading axes that are those of the examples: sparse products take but
       one thread. "fastest": one, or as many as there are cores, if these divide the examples.
     rounds: how often to time each.
 
@@ -164,8 +164,13 @@ class _Step:
 
   def __call__(self, known: dict[int, Any]) -> None:
     operands = [known[i] for i in self.inputs]
-    out = self.function(*operands, out=operands[0]) if self.in_place else self.function(*operands)
-    known.update(zip(self.outputs, out if isinstance(out, list) else [out]))
+    if self.in_place:
+      operands.append(operands[0])
+    out = self.function(*operands)
+    if isinstance(out, list):
+      known.update(zip(self.outputs, out))
+    else:
+      known[self.outputs[0]] = out
     for i in self.last:
       del known[i]
 
@@ -209,7 +214,7 @@ def _translate(
     if equation.outputs[0] in takes:
       continue
     operands, in_place = equation.inputs, False
-    product = product_of(equation, known)
+    product = product_of(equation, known, program.shapes)
     if product is not None:
       data = operands[product.data]
       take = takes.get(data)

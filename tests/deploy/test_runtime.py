@@ -68,6 +68,48 @@ def test_a_network_of_all_kinds_of_layers_is_that_of_jax_for_any_batch(kind):
     np.testing.assert_allclose(network(images(count)), x, atol=1e-4)
 
 
+@pytest.fixture(params=["numba", "scipy"])
+def by(request, monkeypatch):
+  """By what sparse products are made."""
+  if request.param == "scipy":
+    monkeypatch.setitem(sys.modules, "numba", None)
+  runtime._compiled.cache_clear()
+  yield request.param
+  runtime._compiled.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("count", [0, 1, 7, 64])
+def test_a_sparse_product_is_the_dense_one_however_its_rows_lie_in_memory(count, dtype, by):
+  matrix = sparse(23, 31, density=0.3).astype(dtype)
+  matrix[:, 4] = matrix[5] = 0
+  multiply = runtime.sparse(matrix)
+  assert (runtime._compiled(matrix.dtype) is None) == (by == "scipy")
+  rows = np.random.default_rng(1).normal(size=(count, 46)).astype(dtype)
+  for x in (rows[:, :23], rows[:, ::2], np.asfortranarray(rows[:, 23:]), rows[:, 22::-1]):
+    x.flags.writeable = False
+    out = multiply(x)
+    assert out.dtype == dtype
+    np.testing.assert_allclose(out, x @ matrix, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sparse_product_has_inf_and_nan_where_they_belong(by):
+  x = np.ones((2, 6), np.float32)
+  x[0, 2], x[1, 3] = np.nan, -np.inf
+  matrix = np.eye(6, 5, dtype=np.float32)
+  expected = np.ones((2, 5), np.float32)
+  expected[0, 2], expected[1, 3] = np.nan, -np.inf
+  np.testing.assert_array_equal(runtime.sparse(matrix)(x), expected)
+
+
+def test_a_sparse_product_takes_numbers_of_other_types_as_scipy_does(by):
+  multiply = runtime.sparse(np.eye(3, dtype=np.float32))
+  for dtype in (np.float64, np.int32, np.float16):
+    out = multiply(np.arange(6).reshape(2, 3).astype(dtype))
+    assert out.dtype == np.result_type(np.float32, dtype)
+    np.testing.assert_array_equal(out, [[0, 1, 2], [3, 4, 5]])
+
+
 @pytest.mark.parametrize("faster", ["dense", "sparse"])
 def test_each_layer_multiplies_in_the_way_that_takes_less_time(faster, monkeypatch):
   now = 0.0
