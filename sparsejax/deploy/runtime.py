@@ -258,8 +258,8 @@ def sparse(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
   starts, columns = transposed.indptr.astype(np.uint64), transposed.indices.astype(np.uint32)
 
   def multiply(rows):
-    if compiled is None or rows.dtype != matrix.dtype:
-      return (transposed @ rows.T).T
+    if compiled is None or rows.dtype != matrix.dtype or len(rows) == 1:
+      return (transposed @ rows.T).T  # With one vector, this is fast.
     out = np.empty((len(starts) - 1, len(rows)), matrix.dtype)
     compiled(starts, columns, transposed.data, np.ascontiguousarray(rows.T), out)
     return out.T

@@ -164,9 +164,7 @@ class _Step:
 
   def __call__(self, known: dict[int, Any]) -> None:
     operands = [known[i] for i in self.inputs]
-    if self.in_place:
-      operands.append(operands[0])
-    out = self.function(*operands)
+    out = self.function(*operands, out=operands[0]) if self.in_place else self.function(*operands)
     if isinstance(out, list):
       known.update(zip(self.outputs, out))
     else:
