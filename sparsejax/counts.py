@@ -102,14 +102,14 @@ def power_of_two(exponent: jax.Array) -> Count:
   return where(exponent < 32, Count(none, bit), Count(bit, none))
 
 
-def count_true(*predicates: jax.Array) -> jax.Array:
+def count_true(*predicates: jax.Array) -> tuple[jax.Array, ...]:
   """How many entries of each array are True, in one pass over memory.
 
   Args:
     *predicates: boolean arrays of one shape with fewer than 2**32 entries.
 
   Returns:
-    The counts. # shape=(len(predicates),), dtype=uint32
+    A count for each. # shape=(), dtype=uint32
   """
   # A reduction of one operand makes XLA's CPU backend write the operand to memory first; one of
   # several is fused with what computes them. The barrier keeps a second one alive.
@@ -123,7 +123,7 @@ def count_true(*predicates: jax.Array) -> jax.Array:
       tuple(range(operands[0].ndim)),
     )
   )
-  return jnp.stack(sums[: len(predicates)])
+  return tuple(sums[: len(predicates)])
 
 
 def rounded_pruned(sparsity: jax.Array, sizes: np.ndarray) -> Count:

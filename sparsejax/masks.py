@@ -120,7 +120,7 @@ def overlap(masks_a: PyTree, masks_b: PyTree, prunable: Prunable = is_kernel) ->
   per_layer, both, either = {}, 0.0, 0.0
   for name in a:
     one, other = jax.lax.optimization_barrier((a[name], b[name]))
-    shared, united = counts.count_true(one & other, one | other).astype(jnp.float32)
+    shared, united = map(jnp.float32, counts.count_true(one & other, one | other))
     per_layer[name] = jaccard(shared, united)
     both, either = both + shared, either + united
   return Overlap(jaccard(both, either), per_layer)

@@ -148,19 +148,23 @@ def select(
   offsets = counts.from_ints(np.cumsum([0, *sizes[:-1]]) if pooled else [0] * len(sizes))
   active = [None] * len(values) if active is None else list(active)
 
-  def predicates(test, *vectors):
+  def in_each(test, *vectors):
     """For each array, what `test` says of its keys and positions, given a scalar of each vector."""
     # Tied to the loop's own variables, so that XLA computes keys and positions in each pass instead
     # of hoisting them out of the loop, into memory.
     arrays, masks, vectors = lax.optimization_barrier((list(values), active, vectors))
-    found = []
-    for i, (array, mask) in enumerate(zip(arrays, masks)):
+
+    @jax.jit  # Arrays that are alike are traced once.
+    def in_one(array, mask, *scalars):
       key = ordinal(_widened(score(array), dtype))
       if mask is not None:
         key = jnp.where(mask, key, key_type(0))
-      scalars = (v[0] if v.shape[0] == 1 else v[i] for v in vectors)
-      found.append(test(key, _positions(key, vectors[0][0].astype(jnp.uint32)), *scalars))
-    return found
+      return test(key, _positions(key, scalars[0].astype(jnp.uint32)), *scalars)
+
+    return [
+      in_one(array, mask, *(v[0] if v.shape[0] == 1 else v[i] for v in vectors))
+      for i, (array, mask) in enumerate(zip(arrays, masks))
+    ]
 
   def in_arrays(place):
     """A place in the tree as a position in each array."""
@@ -177,10 +181,10 @@ def select(
     def test(key, position, by_key, bound, *numbers):
       place = jnp.where(key == bound, position.astype(word_type), largest)
       number = jnp.where(by_key, key.astype(word_type), place)
-      return [number < n for n in numbers]
+      return counts.count_true(*(number < n for n in numbers))
 
-    found = predicates(test, by_key[None], _word(bound, key_type), *numbers)
-    words = jnp.stack([counts.count_true(*of_array) for of_array in found], axis=-1)
+    found = in_each(test, by_key[None], _word(bound, key_type), *numbers)
+    words = jnp.stack([jnp.stack(of_number) for of_number in zip(*found)])
     return counts.total(words) if pooled else counts.widen(words)
 
   bound, place = _search(
@@ -193,7 +197,7 @@ def select(
   def comes_before(key, position, bound, end):
     return (key < bound) | ((key == bound) & (position < end))
 
-  before = predicates(comes_before, _word(bound, key_type), in_arrays(place))
+  before = in_each(comes_before, _word(bound, key_type), in_arrays(place))
   return [b if mask is None else b | ~mask for b, mask in zip(before, active)]
 
 
@@ -203,14 +207,26 @@ def select_among(
   k: Count,
   candidates: Sequence[jax.Array],
   *,
+  number: Count | None = None,
   score: Callable[[jax.Array], jax.Array] = jnp.positive,
 ) -> list[jax.Array]:
-  """The same among some candidates only, which k counts, and nothing else is selected."""
+  """The same among some candidates only, which k counts, and nothing else is selected.
+
+  Args:
+    values: as for `select`.
+    k: likewise, without what is no candidate.
+    candidates: boolean arrays.
+    number: of candidates in each array, if it is known already.
+    score: as for `select`.
+  """
   if not values:
     return []
+  if number is None:
+    number = counts.widen(jnp.stack([counts.count_true(c)[0] for c in candidates]))
   # What is no candidate comes first, and is left out then.
-  words = jnp.stack([counts.count_true(~c)[0] for c in candidates])
-  before = counts.total(words) if k.low.shape[0] == 1 else counts.widen(words)
+  before = counts.from_ints([v.size for v in values]) - number
+  if k.low.shape[0] == 1:
+    before = counts.total(before.low)
   selected = select(values, _at_most_all(k, values) + before, active=candidates, score=score)
   return [s & c for s, c in zip(selected, candidates)]
 
