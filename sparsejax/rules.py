@@ -146,7 +146,7 @@ def drop_and_grow(
     number = counts.share(part, pool, rounding)
     ranked = _ranked("drop", drop, call, number, pattern=pattern)
     dropped = selection.select_among(
-      **ranked, k=number, candidates=masks, number=counts.widen(active)
+      **ranked, k=number, candidates=masks, count=counts.widen(active)
     )
     kept = [m & ~d for m, d in zip(masks, dropped)]
     if drop_globally:
@@ -166,7 +166,7 @@ def drop_and_grow(
       if pattern.regrows_in_groups:
         grown = [pattern.regrown(v, d, c) for v, d, c in zip(ranked["values"], dropped, candidates)]
       else:
-        grown = selection.select_among(**ranked, k=number, candidates=candidates, number=capacity)
+        grown = selection.select_among(**ranked, k=number, candidates=candidates, count=capacity)
     else:
       chance = number.to_float() / jnp.maximum(capacity.to_float(), 1)
       uniform = _scores("grow", grow, call, number)

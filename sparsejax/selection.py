@@ -207,7 +207,7 @@ def select_among(
   k: Count,
   candidates: Sequence[jax.Array],
   *,
-  number: Count | None = None,
+  count: Count | None = None,
   score: Callable[[jax.Array], jax.Array] = jnp.positive,
 ) -> list[jax.Array]:
   """The same among some candidates only, which k counts, and nothing else is selected.
@@ -216,15 +216,15 @@ def select_among(
     values: as for `select`.
     k: likewise, without what is no candidate.
     candidates: boolean arrays.
-    number: of candidates in each array, if it is known already.
+    count: of the candidates in each array, if it is known already.
     score: as for `select`.
   """
   if not values:
     return []
-  if number is None:
-    number = counts.widen(jnp.stack([counts.count_true(c)[0] for c in candidates]))
+  if count is None:
+    count = counts.widen(jnp.stack([counts.count_true(c)[0] for c in candidates]))
   # What is no candidate comes first, and is left out then.
-  before = counts.from_ints([v.size for v in values]) - number
+  before = counts.from_ints([v.size for v in values]) - count
   if k.low.shape[0] == 1:
     before = counts.total(before.low)
   selected = select(values, _at_most_all(k, values) + before, active=candidates, score=score)

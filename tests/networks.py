@@ -12,6 +12,7 @@ NETWORKS = {
   "lenet300": dict(size=8, channels=1),
   "lenet5-caffe": dict(size=28, channels=1),
   "vgg-like": dict(size=32, channels=3, width=0.125),
+  "vgg-like-snip": dict(size=32, channels=3, width=0.25),
   "resnet20": dict(size=32, channels=3),
 }
 

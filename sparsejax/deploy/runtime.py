@@ -272,7 +272,7 @@ def _compiled(dtype: np.dtype) -> Callable[..., None] | None:
   """A product of CSR and dense matrices, compiled; SciPy's has no wide vector instructions."""
   try:
     import numba
-  except ModuleNotFoundError:
+  except ImportError:  # It is not there, or not for this NumPy.
     return None
   number = numba.from_dtype(dtype)
   one, two, three, four = map(np.uint64, (1, 2, 3, 4))
