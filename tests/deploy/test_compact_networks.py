@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from networks import digits, network, pruned_variables
 
+import sparsejax
 from sparsejax import deploy
 
 # What experiments.train has pruned: on MNIST at 98 and 99 %, in files of bfloat16; a narrow VGG at
@@ -89,6 +90,30 @@ def test_what_is_left_of_a_pruned_lenet_is_what_lies_between_inputs_and_outputs(
   for i in range(3):
     shape = compacted.params[f"params/Dense_{i}/kernel"].shape
     assert shape == (alive[i].sum(), alive[i + 1].sum() if i < 2 else 10)
+
+
+@pytest.mark.parametrize("name", ["lenet5-caffe", "vgg-like"])
+def test_a_network_whose_channels_were_pruned_is_a_plain_smaller_one(name):
+  model, apply, shapes, images = network(name)
+  variables = pruned_variables(shapes, 0.0, "magnitude")
+  masks = sparsejax.masks_from_scores(
+    jax.tree.map(np.abs, variables["params"]),
+    0.5,
+    allocation="uniform",
+    pattern=sparsejax.patterns.Channels(),
+    prunable=lambda path, leaf: sparsejax.is_kernel(path, leaf) and path[0].key != "classifier",
+  )
+  variables["params"] = sparsejax.apply_masks(variables["params"], masks)
+  compacted = deploy.compact(model.apply, variables, images[:1])
+  check(compacted, model.apply, variables, images, apply)
+  kernels = {
+    layer: leaves["kernel"] for layer, leaves in shapes["params"].items() if "kernel" in leaves
+  }
+  for layer, kernel in kernels.items():
+    *window, inputs, outputs = kernel.shape
+    inputs //= 1 if inputs == images.shape[-1] else 2
+    outputs //= 1 if layer == "classifier" else 2
+    assert compacted.params[f"params/{layer}/kernel"].shape == (*window, inputs, outputs)
 
 
 def test_a_pruned_network_is_exported_for_any_batch_and_loaded_without_this_library(tmp_path):
