@@ -156,7 +156,7 @@ def make_report(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
     "changes": changes,
     "trained": {key: result[key] for key in ("test_accuracy", "pruned", "pool", "commit")},
     "hardware": hardware,
-    **records.provenance(["scipy", "numba"]),
+    **records.provenance(),
     "rounds": options.rounds,
     "report": dataclasses.asdict(report),
     "table": report.cells,

@@ -11,7 +11,7 @@ import pathlib
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ import sparsejax
 from experiments.recipe import Dynamic, Recipe
 
 PACKAGES = ("sparsejax", "jax", "jaxlib", "flax", "optax", "numpy")
+# Sparse products are theirs, if they are installed.
+OPTIONAL_PACKAGES = ("scipy", "numba")
 
 
 @contextlib.contextmanager
@@ -175,12 +177,8 @@ def describe_result(recipe: Recipe, result: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def provenance(packages: Sequence[str] = ()) -> dict[str, Any]:
-  """The commit and the versions that a result comes from.
-
-  Args:
-    packages: others that count, if they are installed.
-  """
+def provenance() -> dict[str, Any]:
+  """The commit and the versions that a result comes from."""
   try:
     git = subprocess.run(
       ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"],
@@ -193,7 +191,7 @@ def provenance(packages: Sequence[str] = ()) -> dict[str, Any]:
   except OSError:  # There is no git.
     commit = None
   versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-  for package in packages:
+  for package in OPTIONAL_PACKAGES:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[package] = importlib.metadata.version(package)
   return {"commit": commit, "versions": {"python": platform.python_version(), **versions}}

@@ -221,7 +221,7 @@ def measure(options: Options) -> dict[str, Any]:
     seconds[name] = time.perf_counter() - started
   return {
     "hardware": records.hardware(),
-    **records.provenance(["scipy", "numba"]),
+    **records.provenance(),
     "rounds": options.rounds,
     "sparsity": options.sparsity,
     "seconds": seconds,

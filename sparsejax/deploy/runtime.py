@@ -2,7 +2,7 @@
 
 This file needs nothing else of the library, nor JAX: it may be copied. Each layer multiplies with a
 dense or with a sparse (CSR) matrix, whichever took less time when the network was made. Where Numba
-is installed, it makes sparse products faster.
+is installed, it compiles sparse products for this processor.
 """
 
 import dataclasses
@@ -269,7 +269,7 @@ def sparse(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 @functools.cache
 def _compiled(dtype: np.dtype) -> Callable[..., None] | None:
-  """A product of CSR and dense matrices, compiled; SciPy's has no wide vector instructions."""
+  """A product of CSR and dense matrices, compiled for this processor; None without Numba."""
   try:
     import numba
   except ImportError:  # It is not there, or not for this NumPy.
