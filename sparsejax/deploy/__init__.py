@@ -7,7 +7,8 @@ from sparsejax.deploy import runtime
 from sparsejax.deploy.compacted import Compacted
 from sparsejax.deploy.compaction import compact
 from sparsejax.deploy.compaction_report import CompactionReport, CompactionRow
-from sparsejax.deploy.comparison import Report, Variant, report
+from sparsejax.deploy.comparison import report
+from sparsejax.deploy.comparison_report import Report, Variant
 from sparsejax.deploy.files import load, save
 from sparsejax.deploy.final import finalize
 from sparsejax.deploy.translation import Translated, to_numpy

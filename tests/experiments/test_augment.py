@@ -11,7 +11,7 @@ import tyro
 from PIL import Image, ImageEnhance
 from sklearn import datasets
 
-from experiments import augment, colors, data, published
+from experiments import augment, colors, data, geometry, published
 
 # Compiled once for each shape, because a step on its own compiles operation by operation.
 ADJUSTMENTS = [
@@ -23,15 +23,15 @@ ADJUSTMENTS = [
     colors.adjust_hue,
   )
 ]
-rotate = jax.jit(augment.rotate)
+rotate = jax.jit(geometry.rotate)
 JITTER = dict(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1)
 RANDOM = {
-  "crop": functools.partial(augment.random_crop, padding=4),
-  "flip": augment.random_flip,
-  "rotation": functools.partial(augment.random_rotation, degrees=15.0),
+  "crop": functools.partial(geometry.random_crop, padding=4),
+  "flip": geometry.random_flip,
+  "rotation": functools.partial(geometry.random_rotation, degrees=15.0),
   "color": functools.partial(colors.random_jitter, **JITTER),
-  "translation": functools.partial(augment.random_translation, fraction=0.1),
-  "erasing": functools.partial(augment.random_erasing, probability=0.5),
+  "translation": functools.partial(geometry.random_translation, fraction=0.1),
+  "erasing": functools.partial(geometry.random_erasing, probability=0.5),
 }
 COMPILED = {name: jax.jit(step) for name, step in RANDOM.items()}
 
@@ -84,7 +84,7 @@ def test_a_crop_is_cut_out_of_the_padded_image(photos, rng):
   offsets = rng.integers(-4, 5, (len(photos), 2))
   padded = np.pad(photos, ((0, 0), (4, 4), (4, 4), (0, 0)))
   want = [image[y + 4 : y + 36, x + 4 : x + 36] for image, (y, x) in zip(padded, offsets)]
-  np.testing.assert_array_equal(augment.crop(photos, jnp.asarray(offsets)), want)
+  np.testing.assert_array_equal(geometry.crop(photos, jnp.asarray(offsets)), want)
 
 
 @pytest.mark.parametrize("extent", [3, 40])
@@ -92,13 +92,13 @@ def test_a_translation_moves_down_and_right_and_fills_with_zeros(photos, digits,
   for images in (photos[:, :20], digits):
     shifts = rng.integers(-extent, extent + 1, (len(images), 2))
     want = [shifted(image, *shift) for image, shift in zip(images, shifts)]
-    np.testing.assert_array_equal(augment.translate(images, jnp.asarray(shifts)), want)
+    np.testing.assert_array_equal(geometry.translate(images, jnp.asarray(shifts)), want)
 
 
 def test_a_flip_mirrors_left_to_right(photos):
   flips = np.arange(len(photos)) % 2 == 0
   want = [np.fliplr(image) if flip else image for image, flip in zip(photos, flips)]
-  np.testing.assert_array_equal(augment.flip(photos, jnp.asarray(flips)), want)
+  np.testing.assert_array_equal(geometry.flip(photos, jnp.asarray(flips)), want)
 
 
 def test_a_rotation_is_that_of_pillow_but_next_to_the_border_of_two_pixels(photos, digits, rng):
@@ -233,7 +233,7 @@ def test_erasing_fills_the_box_and_nothing_else(photos, rng, value):
     want = images.copy()
     for image, (top, left, height, width) in zip(want, boxes):
       image[top : top + height, left : left + width] = filled
-    got = augment.erase(images, jnp.asarray(boxes), value)
+    got = geometry.erase(images, jnp.asarray(boxes), value)
     assert got.dtype == images.dtype
     np.testing.assert_array_equal(got, want)
 
@@ -252,18 +252,18 @@ def test_normalization_subtracts_the_mean_and_divides_by_the_deviation(photos):
 
 def test_all_offsets_of_a_crop_are_equally_likely():
   count = 8100
-  got = augment.random_crop(jax.random.key(0), places(count, 9, 9), padding=4)
+  got = geometry.random_crop(jax.random.key(0), places(count, 9, 9), padding=4)
   centers = np.asarray(got)[:, 4, 4, 0].astype(int)  # Padding 4 takes it to every pixel.
   counts = np.bincount(centers, minlength=82)
   assert counts[0] == 0 and counts[1:].min() > 50 and counts[1:].max() < 150
 
 
 def test_a_crop_without_padding_changes_nothing(photos):
-  np.testing.assert_array_equal(augment.random_crop(jax.random.key(0), photos, padding=0), photos)
+  np.testing.assert_array_equal(geometry.random_crop(jax.random.key(0), photos, padding=0), photos)
 
 
 def test_half_of_the_images_are_flipped():
-  got = np.asarray(augment.random_flip(jax.random.key(0), places(4000, 1, 2)))
+  got = np.asarray(geometry.random_flip(jax.random.key(0), places(4000, 1, 2)))
   flipped = got[:, 0, 0, 0] == 2
   assert abs(flipped.sum() - 2000) < 160
   assert abs((flipped[1:] == flipped[:-1]).sum() - 2000) < 160  # Each by its own.
@@ -272,7 +272,7 @@ def test_half_of_the_images_are_flipped():
 def test_angles_are_uniform_up_to_their_bound():
   height, width, degrees = 101, 301, 15.0
   images = jnp.tile(places(1, height, width), (400, 1, 1, 1))
-  got = np.asarray(augment.random_rotation(jax.random.key(0), images, degrees=degrees))
+  got = np.asarray(geometry.random_rotation(jax.random.key(0), images, degrees=degrees))
   source = got[:, height // 2, -1, 0].astype(int) - 1  # Where the end of the middle row comes from.
   y, x = source // width - height // 2, source % width - width // 2
   # Half a pixel at a radius of 150 is 0.2 degrees.
@@ -283,7 +283,7 @@ def test_angles_are_uniform_up_to_their_bound():
 
 def test_shifts_are_whole_pixels_uniform_up_to_a_fraction_of_each_side():
   height, width = 21, 11
-  got = augment.random_translation(jax.random.key(0), places(6000, height, width), fraction=0.15)
+  got = geometry.random_translation(jax.random.key(0), places(6000, height, width), fraction=0.15)
   source = np.asarray(got)[:, 10, 5, 0].astype(int) - 1
   down, right = 10 - source // width, 5 - source % width
   # Uniform in [-3.15, 3.15] and in [-1.65, 1.65], then rounded.
@@ -357,7 +357,7 @@ def test_all_orders_of_colour_steps_are_equally_likely(amounts, rng):
 
 def drawn_boxes(images, key=0, **options):
   """Top, left, height and width of what is erased to 0 in images of ones; none where unchanged."""
-  erasing = jax.jit(functools.partial(augment.random_erasing, **options))
+  erasing = jax.jit(functools.partial(geometry.random_erasing, **options))
   erased = np.asarray(erasing(jax.random.key(key), images))[..., 0] == 0
   erased = erased[erased.any(axis=(1, 2))]
   rows, columns = erased.any(axis=2), erased.any(axis=1)
@@ -449,18 +449,18 @@ def test_the_pipeline_takes_its_steps_in_order_each_with_its_own_key(photos, nam
     # A step that is off has used up its key.
     crop, flip, rotation, color, translation, erasing = jax.random.split(key, 6)
     if a.crop:
-      images = augment.random_crop(crop, images, padding=a.crop)
+      images = geometry.random_crop(crop, images, padding=a.crop)
     if a.flip:
-      images = augment.random_flip(flip, images)
+      images = geometry.random_flip(flip, images)
     if a.rotation:
-      images = augment.random_rotation(rotation, images, degrees=a.rotation)
+      images = geometry.random_rotation(rotation, images, degrees=a.rotation)
     jitter = {field: getattr(a, field) for field in JITTER}
     images = colors.random_jitter(color, images, **jitter)
     if a.translation:
-      images = augment.random_translation(translation, images, fraction=a.translation)
+      images = geometry.random_translation(translation, images, fraction=a.translation)
     if a.erasing:
       value = mean if a.erase_to == "mean" else 0
-      images = augment.random_erasing(erasing, images, probability=a.erasing, value=value)
+      images = geometry.random_erasing(erasing, images, probability=a.erasing, value=value)
     return images
 
   images = (photos / 255).astype(np.float32)
