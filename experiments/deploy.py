@@ -238,10 +238,9 @@ def to_markdown(record: dict[str, Any]) -> str:
     " fifth of a second, whose fastest call counts; on"
     f" {hardware['processor']}, {hardware['cores']} cores, {hardware['load']:.1f} processes at work"
     f" on them before; JAX on {report['device']}, to which zeros are numbers like others. In NumPy,"
-    " dense products take as many threads as NumPy gives them, and sparse ones, by"
-    f" {'Numba' if 'numba' in record['versions'] else 'SciPy'}, take one. Chosen, by their time,"
-    f" were for each product one of these, and among how many threads examples are shared out."
-    f" {choices}.",
+    " dense products take as many threads as NumPy gives them; sparse ones are computed by"
+    f" {'Numba' if 'numba' in record['versions'] else 'SciPy'}. Chosen, by their time, were one of"
+    f" these for each product, and among how many threads examples are shared out. {choices}.",
     f"Trained at commit {trained['commit']}, measured at {record['commit']}; {packages}.",
     "![Where the weights lie](layout.png)",
     "## What compaction leaves",

@@ -49,30 +49,40 @@ class Product:
 
 
 def ways_to_multiply(
-  product: Product, take: Take | None, shapes: list[Shape]
+  product: Product, take: Take | None, shapes: list[Shape], threads: int
 ) -> dict[str, Callable[[], Function]]:
-  """How to multiply the data, of which only some inputs may be taken."""
-
-  if take is not None:
-    axis = product.axes[0]
-    size = shapes[take.source][axis]
-    indices = np.clip(take.indices, 0, size - 1)
+  """How to multiply the data, of which only some inputs may be taken; sparse, in threads."""
 
   def sparse():
-    matrix = product.matrix
-    if take is not None:
-      matrix = np.zeros((size, matrix.shape[1]), matrix.dtype)
-      np.add.at(matrix, indices, product.matrix)
-    return functools.partial(product.times, runtime.sparse(matrix))
+    matrix = whole_matrix(product, take, shapes)
+    return functools.partial(product.times, runtime.sparse(matrix, threads))
 
   def dense():
     multiply = functools.partial(product.times, runtime.dense(product.matrix))
     if take is None:
       return multiply
+    axis, indices = _clipped(product, take, shapes)
     taken = (*[slice(None)] * axis, indices)  # Faster than `np.take`.
     return lambda x: multiply(x[taken])
 
   return {"dense": dense, "sparse": sparse}
+
+
+def whole_matrix(product: Product, take: Take | None, shapes: list[Shape]) -> np.ndarray:
+  """The weights for all inputs, also for those that are not taken: a sparse matrix has nothing
+  there."""
+  if take is None:
+    return product.matrix
+  axis, indices = _clipped(product, take, shapes)
+  matrix = np.zeros((shapes[take.source][axis], product.matrix.shape[1]), product.matrix.dtype)
+  np.add.at(matrix, indices, product.matrix)
+  return matrix
+
+
+def _clipped(product: Product, take: Take, shapes: list[Shape]) -> tuple[int, np.ndarray]:
+  """The axis along which inputs are taken, and which ones."""
+  (axis,) = product.axes
+  return axis, np.clip(take.indices, 0, shapes[take.source][axis] - 1)
 
 
 def product_of(equation: Equation, known: dict[int, Any], shapes: list[Shape]) -> Product | None:

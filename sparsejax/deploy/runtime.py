@@ -2,20 +2,26 @@
 
 This file needs nothing else of the library, nor JAX: it may be copied. Each layer multiplies with a
 dense or with a sparse (CSR) matrix, whichever took less time when the network was made. Where Numba
-is installed, it compiles sparse products for this processor.
+is installed, it compiles sparse layers for this processor, of which those in a row are one call.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 Padding = Literal["SAME", "VALID"] | Sequence[tuple[int, int]]
+
+# So many rows go through compiled layers together: what they become there stays in fast memory.
+_BLOCK = 64
 
 
 def relu(x: np.ndarray) -> np.ndarray:
@@ -129,12 +135,12 @@ class Network:
     Raises:
       ValueError: if a layer does not fit what comes before it, or has NaN; it says which.
     """
-    self._layers = []
+    found: list[Any] = []
     self.choices = []
     x = np.asarray(example)
     for number, layer in enumerate(layers):
       if not isinstance(layer, (Dense, Conv)):
-        self._layers.append(layer)
+        found.append(layer)
         x = layer(x)
         continue
       for part in ("kernel", "bias"):
@@ -148,12 +154,13 @@ class Network:
         )
       ways = {
         "dense": lambda layer=layer: _Product(layer, dense(layer.matrix)),
-        "sparse": lambda layer=layer: _Product(layer, sparse(layer.matrix)),
+        "sparse": lambda layer=layer: _sparse(layer),
       }
       choice, product = choose(ways, x, kind, rounds)
       self.choices.append(choice)
-      self._layers.append(product)
-      x = self._layers[-1](x)
+      found.append(product)
+      x = product(x)
+    self._layers = functools.reduce(_joined_to, found, [])
 
   def __call__(self, x: np.ndarray) -> np.ndarray:
     """The outputs, for a batch of any size."""
@@ -177,6 +184,22 @@ class _Product:
     if self.layer.activation is not None:
       out = self.layer.activation(out)
     return out.reshape(*rows.shape[:-1], out.shape[-1])
+
+
+def _sparse(layer: Dense | Conv) -> Callable[[np.ndarray], np.ndarray]:
+  """A layer with a sparse matrix."""
+  if isinstance(layer, Conv) or layer.activation not in (None, relu):
+    return _Product(layer, sparse(layer.matrix))
+  return SparseLayers([SparseLayer(layer.kernel, layer.bias, 0 if layer.activation else None)])
+
+
+def _joined_to(functions: list[Callable], function: Callable) -> list[Callable]:
+  """The functions and one more, sparse layers that follow each other being one."""
+  last = functions[-1] if functions else None
+  both = isinstance(last, SparseLayers) and isinstance(function, SparseLayers)
+  if both and last.dtype == function.dtype:
+    return [*functions[:-1], SparseLayers([*last.layers, *function.layers])]
+  return [*functions, function]
 
 
 def choose(
@@ -242,69 +265,205 @@ def dense(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
   return lambda rows: rows @ matrix
 
 
-def sparse(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-  """The same with a sparse matrix (CSR), by Numba if it is installed, or else by SciPy."""
-  try:
-    import scipy.sparse
-  except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-      "sparse products need SciPy: pip install scipy, or 'sparsejax[deploy]'"
-    ) from error
-  if matrix.dtype not in (np.float32, np.float64):
-    raise ValueError(f"SciPy has no sparse matrices of {matrix.dtype}: convert it to float32.")
-  transposed = scipy.sparse.csr_matrix(matrix.T)
-  compiled = _compiled(matrix.dtype)
-  # Indices without a sign need no look at whether they count from the end.
-  starts, columns = transposed.indptr.astype(np.uint64), transposed.indices.astype(np.uint32)
+def sparse(matrix: np.ndarray, threads: int = 1) -> Callable[[np.ndarray], np.ndarray]:
+  """The same with a sparse matrix (CSR): see `SparseLayers`."""
+  return SparseLayers([SparseLayer(matrix)], threads)
 
-  def multiply(rows):
-    if compiled is None or rows.dtype != matrix.dtype or len(rows) == 1:
-      return (transposed @ rows.T).T  # With one vector, this is fast.
-    out = np.empty((len(starts) - 1, len(rows)), matrix.dtype)
-    compiled(starts, columns, transposed.data, np.ascontiguousarray(rows.T), out)
-    return out.T
 
-  return multiply
+class SparseLayer(NamedTuple):
+  """One of `SparseLayers`.
+
+  Attributes:
+    matrix: what rows are multiplied with.  # shape=(inputs, outputs)
+    bias: what is added to the products, or None.  # shape=(outputs,)
+    floor: the least output, such as 0 of a ReLU, or None.
+  """
+
+  matrix: np.ndarray
+  bias: np.ndarray | None = None
+  floor: float | None = None
+
+
+class SparseLayers:
+  """Layers with sparse matrices (CSR), one after the other, along the last axis of an array.
+
+  Numba computes them if it is installed, or else SciPy.
+
+  Attributes:
+    layers: the layers.
+    dtype: the type of their matrices.
+  """
+
+  def __init__(self, layers: Sequence[SparseLayer], threads: int = 1):
+    """Prepares the layers.
+
+    Args:
+      layers: the layers.
+      threads: among how many threads rows are shared out, by Numba.
+
+    Raises:
+      ValueError: if their matrices are not all of float32, or all of float64.
+      ModuleNotFoundError: without SciPy.
+    """
+    try:
+      import scipy.sparse
+    except ModuleNotFoundError as error:
+      raise ModuleNotFoundError(
+        "sparse products need SciPy: pip install scipy, or 'sparsejax[deploy]'"
+      ) from error
+    self.layers = tuple(layers)
+    self.dtype, *others = {layer.matrix.dtype for layer in layers}
+    if others or self.dtype not in (np.float32, np.float64):
+      names = " and ".join(sorted(str(dtype) for dtype in (self.dtype, *others)))
+      raise ValueError(
+        f"sparse matrices are all of float32 or all of float64, not of {names}: convert them."
+      )
+    self._threads = threads
+    self._matrices = [scipy.sparse.csr_matrix(layer.matrix.T) for layer in layers]
+    self._arrays = _end_to_end(self.layers, self._matrices)
+
+  def __call__(self, x: np.ndarray) -> np.ndarray:
+    """The outputs.  # shape=(..., outputs of the last layer)"""
+    rows = x.reshape(-1, x.shape[-1])
+    compiled = _compiled(self.dtype)
+    if compiled is None or rows.dtype != self.dtype:
+      out = self._by_scipy(rows)
+    else:
+      rows = np.ascontiguousarray(rows)
+      out = np.empty((len(rows), self._matrices[-1].shape[0]), self.dtype)
+      in_parts(functools.partial(compiled, *self._arrays), self._threads, rows, out)
+    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+  def _by_scipy(self, x: np.ndarray) -> np.ndarray:
+    for layer, matrix in zip(self.layers, self._matrices):
+      x = (matrix @ x.T).T
+      if layer.bias is not None:
+        x += layer.bias
+      if layer.floor is not None:
+        x = np.maximum(x, layer.floor)
+    return x
+
+
+def in_parts(function: Callable[..., Any], threads: int, *arrays: np.ndarray) -> list[Any]:
+  """What a function returns for equal parts of arrays along their first axis, each in a thread."""
+  ends = [len(arrays[0]) * i // threads for i in range(threads + 1)]
+  first, *others = ([x[i:j] for x in arrays] for i, j in itertools.pairwise(ends))
+  running = [_workers(threads - 1).submit(function, *part) for part in others]
+  return [function(*first), *(each.result() for each in running)]
+
+
+@functools.cache
+def _workers(count: int) -> concurrent.futures.Executor:
+  """Threads beside the one that calls."""
+  return concurrent.futures.ThreadPoolExecutor(count)
+
+
+if hasattr(os, "register_at_fork"):  # A process that is forked has none of them.
+  os.register_at_fork(after_in_child=_workers.cache_clear)
+
+
+def _end_to_end(layers: Sequence[SparseLayer], matrices: Sequence[Any]) -> tuple[np.ndarray, ...]:
+  """Layers as the compiled function takes them: each kind of number in one array.
+
+  Indices have no sign, so that no look is needed at whether they count from the end. A bias that is
+  not there is zero, and a floor is minus infinity.
+
+  Returns:
+    Which inputs count at all; of how many units each layer is, the inputs first; where the weights
+    of each unit begin, and where the last ones end; the inputs of these weights, and themselves;
+    the bias of each unit; and the floor of each layer.
+  """
+  dtype = matrices[0].dtype
+  counts = np.concatenate([np.diff(matrix.indptr) for matrix in matrices])
+  biases = [np.broadcast_to(0 if b is None else b, len(w.T)) for w, b, _ in layers]
+  return (
+    np.unique(matrices[0].indices).astype(np.uint64),
+    np.array([len(layers[0].matrix), *(len(layer.matrix.T) for layer in layers)], np.uint64),
+    np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64),
+    np.concatenate([matrix.indices for matrix in matrices]).astype(np.uint32),
+    np.concatenate([matrix.data for matrix in matrices]),
+    np.concatenate(biases).astype(dtype),
+    np.array([-np.inf if layer.floor is None else layer.floor for layer in layers], dtype),
+  )
 
 
 @functools.cache
 def _compiled(dtype: np.dtype) -> Callable[..., None] | None:
-  """A product of CSR and dense matrices, compiled for this processor; None without Numba."""
+  """Sparse layers, compiled for this processor; None without Numba."""
   try:
     import numba
   except ImportError:  # It is not there, or not for this NumPy.
     return None
-  number = numba.from_dtype(dtype)
-  one, two, three, four = map(np.uint64, (1, 2, 3, 4))
+  number, index = numba.from_dtype(dtype), numba.uint64
+  zero, one, two, three, four = map(np.uint64, range(5))
+  block, nothing = np.uint64(_BLOCK), dtype.type(-np.inf)
 
-  def read(kind, dimensions):
+  def read(kind, dimensions=1):
     return numba.types.Array(kind, dimensions, "C", readonly=True)
 
-  arrays = read(numba.uint64, 1), read(numba.uint32, 1), read(number, 1), read(number, 2)
+  of_layers = [read(kind) for kind in (index, index, index, numba.uint32, number, number, number)]
+  of_rows = read(number, 2), numba.types.Array(number, 2, "C")
 
   # With a signature, this is compiled now and not at the first call.
-  @numba.njit(
-    numba.void(*arrays, numba.types.Array(number, 2, "C")), fastmath={"contract"}, nogil=True
-  )
-  def multiply(starts, columns, values, x, out):
-    for row in range(len(out)):
-      total = out[row]
-      total[:] = 0
-      i, end = starts[row], starts[row + 1]
-      while i + four <= end:  # Sums are read and written once for four products.
-        v0, v1, v2, v3 = values[i], values[i + one], values[i + two], values[i + three]
-        x0, x1 = x[columns[i]], x[columns[i + one]]
-        x2, x3 = x[columns[i + two]], x[columns[i + three]]
-        for n in range(len(total)):
-          total[n] += v0 * x0[n] + v1 * x1[n] + v2 * x2[n] + v3 * x3[n]
-        i += four
-      while i < end:
-        v0, x0 = values[i], x[columns[i]]
-        for n in range(len(total)):
-          total[n] += v0 * x0[n]
-        i += one
+  @numba.njit(numba.void(*of_layers, *of_rows), fastmath={"contract"}, nogil=True)
+  def run(used, widths, starts, inputs, weights, biases, floors, rows, out):
+    count = np.uint64(len(rows))
+    # What a block of rows has come to, one unit after the other, and what it comes to next.
+    now = np.empty(widths.max() * block, rows.dtype)
+    then = np.empty_like(now)
+    for begin in range(zero, count, block):
+      size = min(block, count - begin)
+      for i in range(len(used)):
+        unit = used[i]
+        for n in range(size):
+          now[unit * block + n] = rows[begin + n, unit]
+      unit = zero  # Of all layers.
+      for layer in range(len(floors)):
+        floor = floors[layer]
+        for to in range(zero, widths[layer + 1] * block, block):
+          bias, i, end = biases[unit], starts[unit], starts[unit + one]
+          unit += one
+          if size == one:
+            total = bias
+            while i < end:
+              total += weights[i] * now[inputs[i] * block]
+              i += one
+            then[to] = floor if total < floor else total
+            continue
+          for n in range(size):
+            then[to + n] = bias
+          while i + four <= end:  # Sums are read and written once for four products.
+            w0, w1, w2, w3 = weights[i], weights[i + one], weights[i + two], weights[i + three]
+            x0, x1 = inputs[i] * block, inputs[i + one] * block
+            x2, x3 = inputs[i + two] * block, inputs[i + three] * block
+            for n in range(size):
+              then[to + n] += (
+                w0 * now[x0 + n] + w1 * now[x1 + n] + w2 * now[x2 + n] + w3 * now[x3 + n]
+              )
+            i += four
+          if i + two <= end:
+            w0, w1, x0, x1 = (
+              weights[i],
+              weights[i + one],
+              inputs[i] * block,
+              inputs[i + one] * block,
+            )
+            for n in range(size):
+              then[to + n] += w0 * now[x0 + n] + w1 * now[x1 + n]
+            i += two
+          if i < end:
+            w0, x0 = weights[i], inputs[i] * block
+            for n in range(size):
+              then[to + n] += w0 * now[x0 + n]
+          if floor > nothing:
+            for n in range(size):
+              then[to + n] = floor if then[to + n] < floor else then[to + n]
+        now, then = then, now
+      for unit in range(out.shape[1]):
+        for n in range(size):
+          out[begin + n, unit] = now[unit * block + n]
 
-  return multiply
+  return run
 
 
 def _windows(

@@ -1,6 +1,5 @@
 """A function of JAX as NumPy operations, whose products are dense or sparse."""
 
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -15,6 +14,7 @@ import numpy as np
 from sparsejax import masks as masks_lib
 from sparsejax.deploy import program as programs
 from sparsejax.deploy import runtime
+from sparsejax.deploy.chains import find_chains
 from sparsejax.deploy.operations import Function, axis_of_take, broadcast, function_of
 from sparsejax.deploy.products import Take, product_of, ways_to_multiply
 from sparsejax.deploy.program import Equation, Program, Shape
@@ -33,15 +33,15 @@ class Translated:
     threads: among how many threads the examples are shared out.
   """
 
-  def __init__(self, part: "_Steps", threads: int):
-    self.choices = part.choices
+  def __init__(self, steps: "_Steps", threads: int, parts: int):
+    self.choices = steps.choices
     self.threads = threads
-    self._part = part
-    program = part.program
+    self._steps = steps
+    self._parts = parts
+    program = steps.program
     self._expected = [(program.shapes[i], program.dtypes[i]) for i in program.inputs]
-    if threads > 1:
-      self._expected = [((threads * n, *rest), dtype) for (n, *rest), dtype in self._expected]
-      self._pool = concurrent.futures.ThreadPoolExecutor(threads - 1)
+    if parts > 1:
+      self._expected = [((parts * n, *rest), dtype) for (n, *rest), dtype in self._expected]
 
   def __call__(self, *inputs: Any) -> Any:
     """Computes the outputs for inputs of the shapes and types of the example.
@@ -55,14 +55,12 @@ class Translated:
         f"the inputs are {_describe((x.shape, x.dtype) for x in values)}, but those of the example"
         f" were {_describe(self._expected)}: translate it for these."
       )
-    if self.threads == 1:
-      outputs = self._part.run(values)
+    if self._parts == 1:
+      outputs = self._steps.run(*values)
     else:
-      first, *others = zip(*(np.split(x, self.threads) for x in values))
-      running = [self._pool.submit(self._part.run, part) for part in others]
-      parts = [self._part.run(first), *(each.result() for each in running)]
+      parts = runtime.in_parts(self._steps.run, self._parts, *values)
       outputs = list(map(np.concatenate, zip(*parts)))
-    return jax.tree.unflatten(self._part.program.structure, outputs)
+    return jax.tree.unflatten(self._steps.program.structure, outputs)
 
 
 def _describe(types):
@@ -81,7 +79,7 @@ def to_numpy(
   """Translates a function of JAX to NumPy.
 
   What does not depend on the inputs is computed once. Weights are multiplied as dense matrices, or
-  as sparse ones (CSR).
+  as sparse ones (CSR), which are computed together where they follow each other.
 
   Args:
     apply_fn: a function of the parameters and of the inputs, or a `Compacted`'s `apply`.
@@ -90,8 +88,8 @@ def to_numpy(
       which it is to be fast.
     kind: of the matrices; by default the one that takes less time in each layer.
     threads: among how many threads examples are shared out, which needs functions that compute each
-      example by itself, and leading axes that are those of the examples: sparse products take but
-      one thread. "fastest": one, or as many as there are cores, if these divide the examples.
+      example by itself, and leading axes that are those of the examples. "fastest": one, or as many
+      as there are cores, if these divide the examples.
     rounds: how often to time each.
 
   Returns:
@@ -117,26 +115,33 @@ def to_numpy(
     if np.isnan(leaf).any():
       raise ValueError(f"{name!r} holds NaN.")
 
-  def translated(count):
-    part = inputs if count == 1 else jax.tree.map(lambda x: x[: len(x) // count], inputs)
+  def translated(count, is_chained):
+    # Sparse layers share out their rows by themselves, with less to do for Python.
+    parts, of_layers = (1, count) if is_chained else (count, 1)
+    part = inputs if parts == 1 else jax.tree.map(lambda x: x[: len(x) // parts], inputs)
     types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), part)
     program = programs.trace_of(apply_fn, params, types)
     leaves = list(map(np.asarray, jax.tree.leaves(params)))
-    return Translated(_translate(program, leaves, jax.tree.leaves(part), kind, rounds), count)
+    ways = _Ways(kind, rounds, is_chained, of_layers)
+    return Translated(_translate(program, leaves, jax.tree.leaves(part), ways), count, parts)
 
   sizes = {len(x) if x.ndim else 1 for x in jax.tree.leaves(inputs)}
-  if threads != "fastest":
-    if threads < 1 or any(size % threads for size in sizes):
-      raise ValueError(f"threads={threads} do not divide {sizes} examples among them.")
-    return translated(threads)
-  cores = _count_cores()
-  one = translated(1)
-  if cores == 1 or any(size % cores for size in sizes):
-    return one
-  both = {1: one, cores: translated(cores)}
-  calls = {str(count): functools.partial(f, *inputs) for count, f in both.items()}
-  times = runtime.take_turns(calls, rounds, turn=1e-2)
-  return both[min(both, key=lambda count: min(times[str(count)]))]
+  if threads == "fastest":
+    cores = _count_cores()
+    counts = [1] if cores == 1 or any(size % cores for size in sizes) else [1, cores]
+  elif threads < 1 or any(size % threads for size in sizes):
+    raise ValueError(f"threads={threads} do not divide {sizes} examples among them.")
+  else:
+    counts = [threads]
+  chained = {"fastest": [False, True], "dense": [False], "sparse": [True]}[kind]
+  found = {way: translated(*way) for way in itertools.product(counts, chained)}
+  if len(found) == 1:
+    return next(iter(found.values()))
+  calls = {way: functools.partial(network, *inputs) for way, network in found.items()}
+  # A thread of dense products keeps its core busy for some 30 ms after the last of them.
+  turn = 1e-2 if len(counts) == 1 else 6e-2
+  times = runtime.take_turns(calls, rounds, turn=turn)
+  return found[min(found, key=lambda way: min(times[way]))]
 
 
 def _count_cores() -> int:
@@ -181,7 +186,7 @@ class _Steps(NamedTuple):
   program: Program
   choices: tuple[str, ...]
 
-  def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+  def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
     known = self.constants | dict(zip(self.program.inputs, inputs))
     with np.errstate(all="ignore"):  # As JAX does.
       for step in self.steps:
@@ -189,9 +194,23 @@ class _Steps(NamedTuple):
     return [known[i] for i in self.program.outputs]
 
 
-def _translate(
-  program: Program, params: list[Any], inputs: list[Any], kind: str, rounds: int
-) -> _Steps:
+class _Ways(NamedTuple):
+  """How to multiply with weights.
+
+  Attributes:
+    kind: of the matrices, or "fastest".
+    rounds: how often to time each.
+    is_chained: whether products that follow each other are together sparse layers.
+    threads: of sparse layers.
+  """
+
+  kind: str
+  rounds: int
+  is_chained: bool
+  threads: int
+
+
+def _translate(program: Program, params: list[Any], inputs: list[Any], ways: _Ways) -> _Steps:
   """Translates equation by equation, and computes each for what the next one is to be fast for."""
   known = dict(zip(program.params, params))
   for constants in (program.literals, program.captured):
@@ -200,25 +219,29 @@ def _translate(
   own: set[int] = set()  # Arrays that no other variable is a view of.
   new = itertools.count(len(program.shapes))
   steps, choices = [], []
-  equations = _needed(program)
+  equations = _running(program, known)
   takes = _absorbed(equations, program, known)
+  chains = find_chains(equations, program, known, takes) if ways.is_chained else {}
+  skipped = {i for chain in chains.values() for i in chain.variables} - chains.keys() | takes.keys()
   last = {i: n for n, equation in enumerate(equations) for i in equation.inputs}
   last |= {take.source: max(last[take.source], last[i]) for i, take in takes.items()}
   last |= dict.fromkeys(program.outputs, len(equations))
   for number, equation in enumerate(equations):
-    if running.keys().isdisjoint(equation.inputs) and takes.keys().isdisjoint(equation.inputs):
-      known.update(zip(equation.outputs, _constant(equation, known)))
+    if equation.outputs[0] in skipped:
       continue
-    if equation.outputs[0] in takes:
-      continue
-    operands, in_place = equation.inputs, False
-    product = product_of(equation, known, program.shapes)
-    if product is not None:
+    operands, outputs, in_place = equation.inputs, equation.outputs, False
+    chain = chains.get(outputs[0])
+    product = None if chain else product_of(equation, known, program.shapes)
+    if chain is not None:
+      operands, outputs = (chain.data,), (chain.output,)
+      function = runtime.SparseLayers(chain.layers, ways.threads)
+      choices += ["sparse"] * len(chain.layers)
+    elif product is not None:
       data = operands[product.data]
       take = takes.get(data)
       operands = (data if take is None else take.source,)
-      ways = ways_to_multiply(product, take, program.shapes)
-      choice, function = runtime.choose(ways, running[operands[0]], kind, rounds)
+      makers = ways_to_multiply(product, take, program.shapes, ways.threads)
+      choice, function = runtime.choose(makers, running[operands[0]], ways.kind, ways.rounds)
       choices.append(choice)
     else:
       function = function_of(equation, program.shapes)
@@ -229,34 +252,51 @@ def _translate(
         and last[first] == number
         and operands.count(first) == 1
         and program.shapes[first] != ()  # A number of NumPy is no array.
-        and _same_type(program, first, equation.outputs[0])
+        and _same_type(program, first, outputs[0])
       )
-      shape = program.shapes[equation.outputs[0]]
+      shape = program.shapes[outputs[0]]
       if math.prod(shape) <= _WRITTEN_OUT:
         like = next(running[i] for i in operands if i in running)
         for i in set(operands) & known.keys():
           fresh = next(new)
           known[fresh] = _written_out(known[i], shape, like)
           operands = tuple(fresh if j == i else j for j in operands)
-    if product is not None or isinstance(function, np.ufunc):
-      own.update(equation.outputs)
+    if chain is not None or product is not None or isinstance(function, np.ufunc):
+      own.update(outputs)
     else:
       own.difference_update(operands)
     ending = {i for i in operands if i in running and last[i] == number}
-    step = _Step(function, operands, equation.outputs, tuple(ending), in_place)
+    step = _Step(function, operands, outputs, tuple(ending), in_place)
     values = known | running
     step(values)
-    for i in equation.outputs:
+    for i in outputs:
       if values[i].dtype != program.dtypes[i]:
         raise ValueError(
           f"{equation.name!r} to {program.dtypes[i]} cannot be translated to NumPy, where it gives"
           f" {values[i].dtype}."
         )
-    running = {i: x for i, x in values.items() if i in running or i in equation.outputs}
+    running = {i: x for i, x in values.items() if i in running or i in outputs}
     steps.append(step)
   read = {i for step in steps for i in step.inputs} | set(program.outputs)
   constants = {i: x for i, x in known.items() if i in read}
   return _Steps(tuple(steps), constants, program, tuple(choices))
+
+
+def _running(program: Program, known: dict[int, Any]) -> list[Equation]:
+  """The equations that the outputs depend on, and that depend on the inputs; the values of those
+  that do not are added to what is known."""
+  needed, equations = set(program.outputs), []
+  for equation in reversed(program.equations):
+    if not needed.isdisjoint(equation.outputs):
+      needed.update(equation.inputs)
+      equations.append(equation)
+  running = []
+  for equation in reversed(equations):
+    if known.keys() >= set(equation.inputs):
+      known.update(zip(equation.outputs, _constant(equation, known)))
+    else:
+      running.append(equation)
+  return running
 
 
 def _absorbed(
@@ -270,33 +310,20 @@ def _absorbed(
   for equation in equations:
     for i in equation.inputs:
       readers.setdefault(i, []).append(equation)
-  constants = dict(known)
   takes = {}
   for equation in equations:
-    if constants.keys() >= set(equation.inputs):
-      constants.update(zip(equation.outputs, _constant(equation, constants)))
-    elif equation.name == "gather" and equation.inputs[1] in constants:
+    if equation.name == "gather" and equation.inputs[1] in known:
       (output,) = equation.outputs
       reader, *others = readers.get(output, [None])
       axis = axis_of_take(equation.params, program.shapes[equation.inputs[0]])
-      indices = constants[equation.inputs[1]]
+      indices = known[equation.inputs[1]]
       if others or output in program.outputs or axis is None or indices.ndim != 2:
         continue
-      if reader.name == "dot_general" and reader.inputs[1] in constants:
+      if reader.name == "dot_general" and reader.inputs[1] in known:
         contracted, batch = reader.params["dimension_numbers"]
         if contracted[0] == (axis,) and not batch[0]:
           takes[output] = Take(equation.inputs[0], indices[:, 0].astype(np.intp))
   return takes
-
-
-def _needed(program: Program) -> list[Equation]:
-  """The equations that the outputs depend on."""
-  needed, equations = set(program.outputs), []
-  for equation in reversed(program.equations):
-    if not needed.isdisjoint(equation.outputs):
-      needed.update(equation.inputs)
-      equations.append(equation)
-  return equations[::-1]
 
 
 def _constant(equation: Equation, known: dict[int, Any]) -> list[np.ndarray]:

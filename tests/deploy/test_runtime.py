@@ -72,10 +72,13 @@ def test_a_network_of_all_kinds_of_layers_is_that_of_jax_for_any_batch(kind):
 def by(request, monkeypatch):
   """By what sparse products are made."""
   if request.param == "scipy":
-    monkeypatch.setitem(sys.modules, "numba", None)
-  runtime._compiled.cache_clear()
-  yield request.param
-  runtime._compiled.cache_clear()
+    monkeypatch.setattr(runtime, "_compiled", lambda dtype: None)
+  return request.param
+
+
+def test_without_numba_nothing_is_compiled(monkeypatch):
+  monkeypatch.setitem(sys.modules, "numba", None)
+  assert runtime._compiled.__wrapped__(np.dtype(np.float32)) is None
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -110,25 +113,88 @@ def test_a_sparse_product_takes_numbers_of_other_types_as_scipy_does(by):
     np.testing.assert_array_equal(out, [[0, 1, 2], [3, 4, 5]])
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("count", [0, 1, 2, 65, 200])
+def test_sparse_layers_are_products_with_biases_and_floors_one_after_the_other(count, threads, by):
+  layers = [
+    runtime.SparseLayer(sparse(30, 20, density=0.3), sparse(20, density=1), 0.0),
+    runtime.SparseLayer(sparse(20, 9, density=0.2, seed=1)),
+    runtime.SparseLayer(sparse(9, 40, density=0.5, seed=2), floor=-0.5),
+    runtime.SparseLayer(sparse(40, 3, density=0.1, seed=3), sparse(3, density=1)),
+  ]
+  x = np.random.default_rng(0).normal(size=(count, 2, 30)).astype(np.float32)
+  x[1:2, 0, 1], x[1:2, 1, 2] = np.nan, np.inf
+  expected = x
+  with np.errstate(invalid="ignore"):
+    for matrix, bias, floor in layers:
+      # Nothing is not multiplied: 0 times inf would be NaN.
+      expected = np.stack(
+        [(expected[..., column != 0] * column[column != 0]).sum(-1) for column in matrix.T], -1
+      )
+      expected = expected if bias is None else expected + bias
+      expected = expected if floor is None else np.maximum(expected, floor)
+    found = runtime.SparseLayers(layers, threads)(x)
+  assert found.dtype == np.float32
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sparse_layers_of_two_types_are_an_error():
+  layers = [runtime.SparseLayer(np.eye(2, dtype=dtype)) for dtype in (np.float32, np.float64)]
+  with pytest.raises(ValueError, match="not of float32 and float64: convert them"):
+    runtime.SparseLayers(layers)
+
+
+def test_sparse_layers_of_a_network_that_follow_each_other_are_one(by):
+  layers = [
+    Dense(sparse(9, 8, density=0.5), sparse(8, density=1), relu),
+    Dense(sparse(8, 7, density=0.5)),
+    Dense(sparse(7, 6, density=0.5), activation=np.tanh),
+    Dense(sparse(6, 5, density=0.5).astype(np.float64)),
+    Dense(sparse(5, 4, density=0.5), activation=relu),
+  ]
+  x = np.random.default_rng(0).normal(size=(3, 9)).astype(np.float32)
+  network = Network(layers, x, kind="sparse")
+  kinds = [isinstance(function, runtime.SparseLayers) for function in network._layers]
+  assert kinds == [True, False, True, True]  # tanh is no floor; then there are two types.
+  np.testing.assert_allclose(network(x), Network(layers, x, kind="dense")(x), atol=1e-5)
+
+
+def test_parts_are_computed_in_threads_also_in_a_process_that_was_forked(tmp_path):
+  numbers = np.arange(10)
+  for threads in (1, 2, 3, 11):
+    parts = runtime.in_parts(lambda x, y: x + y, threads, numbers, numbers)
+    assert len(parts) == threads
+    np.testing.assert_array_equal(np.concatenate(parts), 2 * numbers)
+  (tmp_path / "runtime.py").write_bytes(pathlib.Path(runtime.__file__).read_bytes())
+  program = """
+    import os, sys
+    import numpy as np, runtime
+    assert runtime.in_parts(len, 2, np.ones(4)) == [2, 2]
+    child = os.fork()
+    if not child:
+      os._exit(runtime.in_parts(len, 2, np.ones(6)) != [3, 3])
+    sys.exit(os.waitpid(child, 0)[1] != 0)
+  """
+  subprocess.run(
+    [sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, check=True, timeout=60
+  )
+
+
 @pytest.mark.parametrize("faster", ["dense", "sparse"])
 def test_each_layer_multiplies_in_the_way_that_takes_less_time(faster, monkeypatch):
   now = 0.0
 
-  def takes(seconds, multiply):
-    def slow(matrix):
-      def timed(rows):
-        nonlocal now
-        now += seconds
-        return multiply(matrix)(rows)
-
-      return timed
+  def takes(seconds, way):
+    def slow(*args):
+      nonlocal now
+      now += seconds
+      return way(*args)
 
     return slow
 
   monkeypatch.setattr("time.perf_counter", lambda: now)
-  for name in ("dense", "sparse"):
-    way = takes(1 if name == faster else 2, getattr(runtime, name))
-    monkeypatch.setattr(runtime, name, way)
+  for name, of in (("dense", runtime._Product), ("sparse", runtime.SparseLayers)):
+    monkeypatch.setattr(of, "__call__", takes(1 if name == faster else 2, of.__call__))
   layers = [Dense(sparse(9, 8)), flatten, Dense(sparse(8, 2))]
   assert Network(layers, np.ones((1, 9), np.float32)).choices == [faster, faster]
 
@@ -141,7 +207,7 @@ def test_a_layer_that_does_not_fit_or_has_nan_is_an_error_that_says_which():
     Network([Dense(nan)], np.ones((1, 2), np.float32))
   with pytest.raises(ValueError, match="layer 0 has NaN in its bias"):
     Network([Dense(np.ones((2, 2), np.float32), nan[0])], np.ones((1, 2), np.float32))
-  with pytest.raises(ValueError, match="no sparse matrices of float16"):
+  with pytest.raises(ValueError, match="not of float16"):
     Network([Dense(np.ones((2, 2), np.float16))], np.ones((1, 2), np.float16))
 
 

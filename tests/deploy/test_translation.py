@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 from sparsejax import deploy
+from sparsejax.deploy import runtime
 
 
 def random(*shape, seed=0):
@@ -52,6 +53,66 @@ FUNCTIONS = {
   "tree": lambda p, x: {"x": x, "constant": p, "both": (x * 2, x * 2 + 1)},
   "unused": lambda p, x: (jnp.sort(x), x)[1],
 }
+
+
+def chain(p, x, *between):
+  """Layers of three widths, each followed by what is given."""
+  x = x[:, 0, 0]
+  for weights, function in zip((p, p.T, p), between):
+    x = function(x @ weights)
+  return x
+
+
+@pytest.mark.parametrize(
+  "between, calls",
+  [
+    ([jax.nn.relu, jax.nn.relu, lambda x: x], 1),
+    ([lambda x: jax.nn.relu(x + 1 + random(5)), lambda x: x + random(1, 6), jax.nn.relu], 1),
+    ([lambda x: jnp.maximum(0.3, random(5) + x), jax.nn.relu, lambda x: 2 * x + 1], 1),
+    ([lambda x: jnp.take(x, np.arange(5), axis=1, mode="clip")] * 2, 1),
+    ([lambda x: jnp.take(x + 1, np.arange(6) - 1, axis=1, mode="clip")[:, :5]] * 2, 2),
+    ([lambda x: x + random(2, 5), jax.nn.relu], 2),  # What is added differs between examples.
+    ([lambda x: jnp.maximum(x, random(5)), jax.nn.relu], 2),  # No number, but one for each output.
+    ([jnp.tanh, jax.nn.relu], 2),
+    ([lambda x: x + x, jax.nn.relu], 2),  # It is read twice.
+    ([lambda x: x - 1, lambda x: jnp.minimum(x, 1), jax.nn.relu], 3),
+  ],
+)
+def test_sparse_products_that_follow_each_other_are_one_call(between, calls, monkeypatch):
+  called = []
+  run = runtime.SparseLayers.__call__
+  monkeypatch.setattr(
+    runtime.SparseLayers, "__call__", lambda *args: called.append(args[0]) or run(*args)
+  )
+  apply = lambda p, x: chain(p, x, *between)
+  x = random(2, 4, 3, 6)
+  for threads in (1, 2):
+    translated = deploy.to_numpy(apply, W, x, kind="sparse", threads=threads)
+    called.clear()
+    assert_close(translated(x), apply(jnp.asarray(W), jnp.asarray(x)))
+    assert len(called) == calls and translated.choices == ("sparse",) * len(between)
+
+
+def test_what_is_put_out_between_sparse_layers_is_there():
+  apply = lambda p, x: ((h := jax.nn.relu(x @ p + 1)), (g := h @ p.T), g @ p)
+  x = random(2, 6)
+  for found, expected in zip(
+    deploy.to_numpy(apply, W, x, kind="sparse")(x), apply(jnp.asarray(W), jnp.asarray(x))
+  ):
+    assert_close(found, expected)
+
+
+def test_a_chain_is_taken_where_it_takes_less_time(monkeypatch):
+  x = random(2, 6)
+  for is_chained in (True, False):
+    monkeypatch.setattr(
+      "sparsejax.deploy.runtime.take_turns",
+      lambda calls, rounds, turn, faster=is_chained: {
+        way: [way not in ((1, faster), "dense")] for way in calls
+      },
+    )
+    translated = deploy.to_numpy(lambda p, x: x @ p @ p.T, W, x)
+    assert translated.choices == (("sparse",) * 2 if is_chained else ("dense",) * 2)
 
 
 def with_params(function):
@@ -127,7 +188,7 @@ def test_weights_of_a_type_without_products_in_numpy_or_scipy_are_an_error():
   with pytest.raises(ValueError, match="'dot_general' to bfloat16 cannot be translated"):
     deploy.to_numpy(apply, weights, x, kind="dense")
   for kind in ("sparse", "fastest"):
-    with pytest.raises(ValueError, match="no sparse matrices of bfloat16: convert it to float32"):
+    with pytest.raises(ValueError, match="not of bfloat16: convert them"):
       deploy.to_numpy(apply, weights, x, kind=kind)
 
 
@@ -144,14 +205,14 @@ def test_examples_are_shared_out_among_threads(monkeypatch):
   with pytest.raises(ValueError, match="threads=0 do not divide"):
     deploy.to_numpy(apply, W, (x, y), threads=0)
   monkeypatch.setattr("sparsejax.deploy.translation._count_cores", lambda: 3)
-  for faster in ("1", "3"):
+  for faster in (1, 3):
     monkeypatch.setattr(
       "sparsejax.deploy.runtime.take_turns",
-      lambda calls, rounds, turn, faster=faster: {n: [int(n != faster)] for n in calls},
+      lambda calls, rounds, turn, faster=faster: {way: [faster not in way] for way in calls},
     )
-    assert deploy.to_numpy(apply, W, (x, y), threads="fastest").threads == int(faster)
-  # Five examples are not divided by three.
-  assert deploy.to_numpy(apply, W, (x[:5], y[:5]), threads="fastest").threads == 1
+    assert deploy.to_numpy(apply, W, (x, y), kind="dense", threads="fastest").threads == faster
+  few = x[:5], y[:5]  # Three do not divide them.
+  assert deploy.to_numpy(apply, W, few, kind="dense", threads="fastest").threads == 1
 
 
 @pytest.mark.parametrize(
@@ -186,5 +247,5 @@ def test_nan_and_parameters_of_another_function_are_errors():
     deploy.to_numpy(apply, {"w": np.full((6, 2), np.nan)}, random(2, 6))
   with pytest.raises(ValueError, match="do the parameters belong to the function"):
     deploy.to_numpy(apply, {"w": random(5, 2)}, random(2, 6))
-  with pytest.raises(ValueError, match="no sparse matrices of bfloat16"):
+  with pytest.raises(ValueError, match="not of bfloat16"):
     deploy.to_numpy(apply, {"w": jnp.ones((6, 2), jnp.bfloat16)}, random(2, 6), kind="sparse")
