@@ -102,6 +102,7 @@ def power_of_two(exponent: jax.Array) -> Count:
   return where(exponent < 32, Count(none, bit), Count(bit, none))
 
 
+@jax.jit
 def count_true(*predicates: jax.Array) -> tuple[jax.Array, ...]:
   """How many entries of each array are True, in one pass over memory.
 
@@ -153,6 +154,7 @@ def share(fraction: jax.Array, n: Count, rounding: str = "nearest") -> Count:
   return whole + widen(more.astype(jnp.uint32))
 
 
+@jax.jit
 def _share(fraction: jax.Array, n: Count) -> tuple[Count, jax.Array, jax.Array]:
   """The whole part of a product, whether its fraction has a half, and whether it has more."""
   fraction = jnp.where(fraction > 0, jnp.minimum(fraction, 1), 0).astype(jnp.float32)

@@ -338,9 +338,13 @@ def _changed(
       found.append(store(masks))
     return found
 
-  # What the rule looks at is all that goes in: updates among the operands, or masks that are
-  # unpacked, would be written to memory at each step, for nothing.
-  found = jax.lax.cond(_in_any_lane(is_due), changed, lambda: [stored] * len(stages))
+  unchanged = [stored] * len(stages)
+  if isinstance(is_due, jax.core.Tracer):
+    # What the rule looks at is all that goes in: updates among the operands, or masks that are
+    # unpacked, would be written to memory at each step, for nothing.
+    found = jax.lax.cond(_in_any_lane(is_due), changed, lambda: unchanged)
+  else:  # Outside of `jax.jit`, the conditional would be compiled at each call.
+    found = changed() if is_due else unchanged
   survivors = jax.tree.map(lambda *each: functools.reduce(jnp.bitwise_and, each), stored, *found)
   return found[-1], survivors
 

@@ -266,6 +266,57 @@ def test_the_second_call_does_not_recompile(case):
   assert len(traces) == 1
 
 
+@pytest.fixture
+def compilations():
+  """A list that grows by one with each compilation."""
+  found = []
+
+  def listen(event, seconds, **_):
+    if event.endswith("backend_compile_duration"):
+      found.append(seconds)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield found
+  jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@each([case for case in cases.CASES if case.name in ("progressive", "granet", "random", "set")])
+def test_outside_of_jit_masks_and_updates_are_the_same_and_nothing_is_compiled_twice(
+  case, compilations
+):
+  link = case.build(cases.make_params())
+  weights, updates = make_replay()
+
+  def run():
+    state = link.init(jax.tree.map(lambda leaf: leaf[0], weights))
+    for call in range(cases.CALLS):
+      params, given = jax.tree.map(lambda leaf, call=call: leaf[call], (weights, updates))
+      emitted, state = link.update(given, state, params)
+      yield sparsejax.get_masks(state, params), emitted
+
+  found = list(run())
+  assert_trees_equal(jax.tree.map(lambda *leaves: jnp.stack(leaves), *found), _given_masks(case))
+  compilations.clear()
+  list(run())
+  assert not compilations
+
+
+def test_functions_of_masks_compile_nothing_twice(compilations):
+  scores, others = (jax.tree.map(jnp.abs, cases.make_params(seed)) for seed in (0, 1))
+
+  def run():
+    masks = sparsejax.masks_from_scores(scores, 0.7, allocation="erk")
+    sparsejax.sparsity(masks)
+    sparsejax.overlap(masks, sparsejax.masks_from_scores(others, 0.7))
+    sparsejax.apply_masks(scores, masks)
+    return str(sparsejax.summary(scores, masks))
+
+  first = run()
+  compilations.clear()
+  assert run() == first
+  assert not compilations
+
+
 @every_case
 @pytest.mark.filterwarnings("error:Some donated buffers were not usable")
 def test_parameters_and_state_can_be_donated(case):
