@@ -136,7 +136,6 @@ def check_boolean(masks: PyTree) -> None:
       )
 
 
-@jax.jit
 def count_kept(mask: jax.Array) -> jax.Array:
   """How many weights a mask keeps.  # shape=(), dtype=uint32"""
   # Masks that are known when compiling, such as those of a dense network, would be counted by the

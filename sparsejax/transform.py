@@ -333,6 +333,7 @@ def _changed(
     for stage in stages:
       masks = stage(now)
       masks_lib.pick(now.masks, masks, "the masks", "the masks that the rule returns")
+      masks_lib.check_boolean(masks)
       masks = jax.tree.map(lambda m, before: jnp.where(is_due, m, before), masks, now.masks)
       now = now._replace(masks=masks, params=_masked(masks, now.params))
       found.append(store(masks))

@@ -185,8 +185,14 @@ def test_masks_that_a_rule_returns_have_to_fit(params):
   tx = sparsejax.masked_updates(
     lambda call: jax.tree.map(lambda m: m[0], call.masks), due=lambda count: True
   )
-  with pytest.raises(ValueError, match="the masks that the rule returns"):
-    tx.update(params, tx.init(params), params)
+  numbers = sparsejax.masked_updates(
+    lambda call: jax.tree.map(lambda m: m.astype(jnp.uint8), call.masks), due=lambda count: True
+  )
+  for update in (lambda tx: tx.update, lambda tx: jax.jit(tx.update)):
+    with pytest.raises(ValueError, match="the masks that the rule returns"):
+      update(tx)(params, tx.init(params), params)
+    with pytest.raises(ValueError, match=r"masks must be boolean, but '.*' has dtype uint8"):
+      update(numbers)(params, numbers.init(params), params)
 
 
 def test_masks_of_other_shapes_are_not_broadcast(params):

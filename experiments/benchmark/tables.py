@@ -287,11 +287,10 @@ TABLES = (
     "Inference on the host",
     ("inference",),
     "Random weights, pruned by magnitude. `deploy.to_numpy` multiplies with CSR matrices, by Numba"
-    " if it is installed and else by SciPy, or with dense ones, whichever took less time: in each"
-    " layer by itself, or in all layers with CSR, of which those that follow each other are one"
-    " call; in one thread or in all. CSR in all layers, in the column of its own, takes one thread;"
-    " NumPy's dense products take their own. To JAX, zeros are numbers like others. A turn of a"
-    " variant is a fifth of a second, of which the fastest call counts.",
+    " if it is installed and else by SciPy, or with dense ones, whichever took less time in each"
+    " layer, and in one thread or in all; sparse layers that follow each other are one call. CSR in"
+    " all layers takes one thread, NumPy's dense products take their own. To JAX, zeros are numbers"
+    " like others. A turn of a variant is a fifth of a second, of which the fastest call counts.",
     (
       ("network", _value("network")),
       ("pruned", lambda row: f"{row['sparsity']:.0%}"),

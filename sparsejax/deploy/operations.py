@@ -13,6 +13,10 @@ from sparsejax.deploy.program import Equation, Shape
 
 Function = Callable[..., Any]
 
+# Constants of no more numbers are written out for each example: NumPy is slow in repeating them,
+# but fast memory holds no more.
+WRITTEN_OUT = 2**17
+
 _TAKES = (jax.lax.GatherScatterMode.CLIP, jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
 

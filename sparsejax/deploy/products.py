@@ -1,8 +1,6 @@
 """Products and convolutions with weights in NumPy, and the ways to multiply: dense or sparse."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,50 +37,18 @@ class Product:
   shape: tuple[int, ...]
   first: bool = False
 
-  def times(self, multiply: Function, data: np.ndarray) -> np.ndarray:
-    """The product, by a function that multiplies rows with the matrix."""
+  @property
+  def is_last(self) -> bool:
+    """Whether the output channels are the last axis of the output."""
+    return not self.first and len(self.shape) == 1
+
+  def times(self, compute: Function, data: np.ndarray) -> np.ndarray:
+    """The product, by a function of rows."""
     rows = self.rows(data)
-    out = multiply(rows.reshape(-1, rows.shape[-1]))
+    out = compute(rows.reshape(-1, rows.shape[-1]))
     if self.first:
       return out.T.reshape(*self.shape, *rows.shape[:-1])
     return out.reshape(*rows.shape[:-1], *self.shape)
-
-
-def ways_to_multiply(
-  product: Product, take: Take | None, shapes: list[Shape], threads: int
-) -> dict[str, Callable[[], Function]]:
-  """How to multiply the data, of which only some inputs may be taken; sparse, in threads."""
-
-  def sparse():
-    matrix = whole_matrix(product, take, shapes)
-    return functools.partial(product.times, runtime.sparse(matrix, threads))
-
-  def dense():
-    multiply = functools.partial(product.times, runtime.dense(product.matrix))
-    if take is None:
-      return multiply
-    axis, indices = _clipped(product, take, shapes)
-    taken = (*[slice(None)] * axis, indices)  # Faster than `np.take`.
-    return lambda x: multiply(x[taken])
-
-  return {"dense": dense, "sparse": sparse}
-
-
-def whole_matrix(product: Product, take: Take | None, shapes: list[Shape]) -> np.ndarray:
-  """The weights for all inputs, also for those that are not taken: a sparse matrix has nothing
-  there."""
-  if take is None:
-    return product.matrix
-  axis, indices = _clipped(product, take, shapes)
-  matrix = np.zeros((shapes[take.source][axis], product.matrix.shape[1]), product.matrix.dtype)
-  np.add.at(matrix, indices, product.matrix)
-  return matrix
-
-
-def _clipped(product: Product, take: Take, shapes: list[Shape]) -> tuple[int, np.ndarray]:
-  """The axis along which inputs are taken, and which ones."""
-  (axis,) = product.axes
-  return axis, np.clip(take.indices, 0, shapes[take.source][axis] - 1)
 
 
 def product_of(equation: Equation, known: dict[int, Any], shapes: list[Shape]) -> Product | None:

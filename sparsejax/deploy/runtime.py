@@ -153,14 +153,20 @@ class Network:
           f"layer {number} takes {len(layer.matrix)} numbers, but gets {rows.shape[-1]}."
         )
       ways = {
-        "dense": lambda layer=layer: _Product(layer, dense(layer.matrix)),
+        "dense": lambda layer=layer: _Product(layer, dense(_affine(layer))),
         "sparse": lambda layer=layer: _sparse(layer),
       }
       choice, product = choose(ways, x, kind, rounds)
       self.choices.append(choice)
       found.append(product)
       x = product(x)
-    self._layers = functools.reduce(_joined_to, found, [])
+    self._layers = []
+    for function in found:
+      both = joined(self._layers[-1], function) if self._layers else None
+      if both is None:
+        self._layers.append(function)
+      else:
+        self._layers[-1] = both
 
   def __call__(self, x: np.ndarray) -> np.ndarray:
     """The outputs, for a batch of any size."""
@@ -171,35 +177,29 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-  """A layer and its way to multiply."""
+  """A layer and how to compute what becomes of its rows."""
 
   layer: Dense | Conv
-  multiply: Callable[[np.ndarray], np.ndarray]
+  compute: Callable[[np.ndarray], np.ndarray]
 
   def __call__(self, x: np.ndarray) -> np.ndarray:
     rows = self.layer.rows(x)
-    out = self.multiply(rows.reshape(-1, rows.shape[-1]))
-    if self.layer.bias is not None:
-      out += self.layer.bias
-    if self.layer.activation is not None:
+    out = self.compute(rows.reshape(-1, rows.shape[-1]))
+    if self.layer.activation not in (None, relu):
       out = self.layer.activation(out)
     return out.reshape(*rows.shape[:-1], out.shape[-1])
 
 
+def _affine(layer: Dense | Conv) -> "Affine":
+  """What becomes of the rows of a layer, but for activations that are more than a floor."""
+  return Affine(layer.matrix, layer.bias, 0 if layer.activation is relu else None)
+
+
 def _sparse(layer: Dense | Conv) -> Callable[[np.ndarray], np.ndarray]:
   """A layer with a sparse matrix."""
-  if isinstance(layer, Conv) or layer.activation not in (None, relu):
-    return _Product(layer, sparse(layer.matrix))
-  return SparseLayers([SparseLayer(layer.kernel, layer.bias, 0 if layer.activation else None)])
-
-
-def _joined_to(functions: list[Callable], function: Callable) -> list[Callable]:
-  """The functions and one more, sparse layers that follow each other being one."""
-  last = functions[-1] if functions else None
-  both = isinstance(last, SparseLayers) and isinstance(function, SparseLayers)
-  if both and last.dtype == function.dtype:
-    return [*functions[:-1], SparseLayers([*last.layers, *function.layers])]
-  return [*functions, function]
+  layers = sparse(_affine(layer))
+  is_all = isinstance(layer, Dense) and layer.activation in (None, relu)
+  return layers if is_all else _Product(layer, layers)
 
 
 def choose(
@@ -259,29 +259,48 @@ def take_turns(
   return {name: [each[name] for each in times] for name in functions}
 
 
-def dense(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-  """A function that multiplies rows with a matrix."""
-  matrix = np.ascontiguousarray(matrix)
-  return lambda rows: rows @ matrix
-
-
-def sparse(matrix: np.ndarray, threads: int = 1) -> Callable[[np.ndarray], np.ndarray]:
-  """The same with a sparse matrix (CSR): see `SparseLayers`."""
-  return SparseLayers([SparseLayer(matrix)], threads)
-
-
-class SparseLayer(NamedTuple):
-  """One of `SparseLayers`.
+class Affine(NamedTuple):
+  """What becomes of rows in a layer.
 
   Attributes:
-    matrix: what rows are multiplied with.  # shape=(inputs, outputs)
+    matrix: what they are multiplied with; of SciPy's sparse ones too, where it becomes sparse.
+      # shape=(inputs, outputs)
     bias: what is added to the products, or None.  # shape=(outputs,)
-    floor: the least output, such as 0 of a ReLU, or None.
+    floor: the least that comes out, such as 0 of a ReLU, or None.
   """
 
-  matrix: np.ndarray
+  matrix: Any
   bias: np.ndarray | None = None
   floor: float | None = None
+
+
+def dense(affine: Affine) -> Callable[[np.ndarray], np.ndarray]:
+  """A function of rows, with a dense matrix; biases and floors may be those of each row here."""
+  _, bias, floor = affine
+  matrix = np.ascontiguousarray(affine.matrix)
+  if np.ndim(floor) == 0 and floor is not None:  # With a number, `np.maximum` takes twice as long.
+    floor = np.full(matrix.shape[1], floor, matrix.dtype)
+
+  def compute(rows):
+    out = rows @ matrix
+    if bias is not None:
+      out += bias
+    return out if floor is None else np.maximum(out, floor, out=out)
+
+  return compute
+
+
+def sparse(affine: Affine, threads: int = 1) -> "SparseLayers":
+  """The same with a sparse matrix (CSR)."""
+  return SparseLayers([affine], threads)
+
+
+def joined(first: Any, second: Any) -> "SparseLayers | None":
+  """Two functions as one, if both are sparse layers of one type."""
+  are_sparse = isinstance(first, SparseLayers) and isinstance(second, SparseLayers)
+  if not are_sparse or first.dtype != second.dtype:
+    return None
+  return SparseLayers([*first.layers, *second.layers], second.threads)
 
 
 class SparseLayers:
@@ -290,19 +309,17 @@ class SparseLayers:
   Numba computes them if it is installed, or else SciPy.
 
   Attributes:
-    layers: the layers.
-    dtype: the type of their matrices.
+    layers: the layers, with matrices of SciPy.
+    dtype: of their matrices.
+    threads: among how many threads rows are shared out, by Numba.
   """
 
-  def __init__(self, layers: Sequence[SparseLayer], threads: int = 1):
+  def __init__(self, layers: Sequence[Affine], threads: int = 1):
     """Prepares the layers.
 
-    Args:
-      layers: the layers.
-      threads: among how many threads rows are shared out, by Numba.
-
     Raises:
-      ValueError: if their matrices are not all of float32, or all of float64.
+      ValueError: if their matrices are not all of float32, or all of float64, or if one does not
+        take what the one before gives.
       ModuleNotFoundError: without SciPy.
     """
     try:
@@ -311,36 +328,51 @@ class SparseLayers:
       raise ModuleNotFoundError(
         "sparse products need SciPy: pip install scipy, or 'sparsejax[deploy]'"
       ) from error
-    self.layers = tuple(layers)
     self.dtype, *others = {layer.matrix.dtype for layer in layers}
     if others or self.dtype not in (np.float32, np.float64):
       names = " and ".join(sorted(str(dtype) for dtype in (self.dtype, *others)))
       raise ValueError(
         f"sparse matrices are all of float32 or all of float64, not of {names}: convert them."
       )
-    self._threads = threads
-    self._matrices = [scipy.sparse.csr_matrix(layer.matrix.T) for layer in layers]
-    self._arrays = _end_to_end(self.layers, self._matrices)
+    for before, after in itertools.pairwise(layers):
+      if before.matrix.shape[1] != after.matrix.shape[0]:
+        raise ValueError(
+          f"a layer takes {after.matrix.shape[0]} numbers, but gets {before.matrix.shape[1]}."
+        )
+    # By output: the transpose of a matrix in CSR is in CSC, with the same arrays.
+    self._by_output = [scipy.sparse.csr_matrix(layer.matrix.T) for layer in layers]
+    self.layers = tuple(
+      layer._replace(matrix=matrix.T) for layer, matrix in zip(layers, self._by_output)
+    )
+    self.threads = threads
+    self._arrays = _end_to_end(self.layers)
 
   def __call__(self, x: np.ndarray) -> np.ndarray:
-    """The outputs.  # shape=(..., outputs of the last layer)"""
-    rows = x.reshape(-1, x.shape[-1])
+    """The outputs.  # shape=(..., outputs of the last layer)
+
+    Raises:
+      ValueError: if the last axis has not the length that the first layer takes.
+    """
+    size = self.layers[0].matrix.shape[0]
+    if x.shape[-1] != size:
+      raise ValueError(f"the first layer takes {size} numbers, but gets {x.shape[-1]}.")
+    rows = x.reshape(math.prod(x.shape[:-1]), size)
     compiled = _compiled(self.dtype)
     if compiled is None or rows.dtype != self.dtype:
       out = self._by_scipy(rows)
     else:
       rows = np.ascontiguousarray(rows)
-      out = np.empty((len(rows), self._matrices[-1].shape[0]), self.dtype)
-      in_parts(functools.partial(compiled, *self._arrays), self._threads, rows, out)
+      out = np.empty((len(rows), self.layers[-1].matrix.shape[1]), self.dtype)
+      in_parts(functools.partial(compiled, *self._arrays), self.threads, rows, out)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
   def _by_scipy(self, x: np.ndarray) -> np.ndarray:
-    for layer, matrix in zip(self.layers, self._matrices):
+    for (_, bias, floor), matrix in zip(self.layers, self._by_output):
       x = (matrix @ x.T).T
-      if layer.bias is not None:
-        x += layer.bias
-      if layer.floor is not None:
-        x = np.maximum(x, layer.floor)
+      if bias is not None:
+        x += bias
+      if floor is not None:
+        x = np.maximum(x, floor)
     return x
 
 
@@ -362,7 +394,7 @@ if hasattr(os, "register_at_fork"):  # A process that is forked has none of them
   os.register_at_fork(after_in_child=_workers.cache_clear)
 
 
-def _end_to_end(layers: Sequence[SparseLayer], matrices: Sequence[Any]) -> tuple[np.ndarray, ...]:
+def _end_to_end(layers: Sequence[Affine]) -> tuple[np.ndarray, ...]:
   """Layers as the compiled function takes them: each kind of number in one array.
 
   Indices have no sign, so that no look is needed at whether they count from the end. A bias that is
@@ -373,16 +405,18 @@ def _end_to_end(layers: Sequence[SparseLayer], matrices: Sequence[Any]) -> tuple
     of each unit begin, and where the last ones end; the inputs of these weights, and themselves;
     the bias of each unit; and the floor of each layer.
   """
+  matrices = [layer.matrix for layer in layers]
   dtype = matrices[0].dtype
   counts = np.concatenate([np.diff(matrix.indptr) for matrix in matrices])
-  biases = [np.broadcast_to(0 if b is None else b, len(w.T)) for w, b, _ in layers]
+  widths = [matrices[0].shape[0], *(matrix.shape[1] for matrix in matrices)]
+  biases = [0 if layer.bias is None else layer.bias for layer in layers]
   return (
     np.unique(matrices[0].indices).astype(np.uint64),
-    np.array([len(layers[0].matrix), *(len(layer.matrix.T) for layer in layers)], np.uint64),
+    np.array(widths, np.uint64),
     np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64),
     np.concatenate([matrix.indices for matrix in matrices]).astype(np.uint32),
     np.concatenate([matrix.data for matrix in matrices]),
-    np.concatenate(biases).astype(dtype),
+    np.concatenate(list(map(np.broadcast_to, biases, widths[1:]))).astype(dtype),
     np.array([-np.inf if layer.floor is None else layer.floor for layer in layers], dtype),
   )
 
@@ -408,25 +442,26 @@ def _compiled(dtype: np.dtype) -> Callable[..., None] | None:
   @numba.njit(numba.void(*of_layers, *of_rows), fastmath={"contract"}, nogil=True)
   def run(used, widths, starts, inputs, weights, biases, floors, rows, out):
     count = np.uint64(len(rows))
+    stride = min(block, count)  # From one unit to the next.
     # What a block of rows has come to, one unit after the other, and what it comes to next.
-    now = np.empty(widths.max() * block, rows.dtype)
+    now = np.empty(widths.max() * stride, rows.dtype)
     then = np.empty_like(now)
     for begin in range(zero, count, block):
       size = min(block, count - begin)
       for i in range(len(used)):
         unit = used[i]
         for n in range(size):
-          now[unit * block + n] = rows[begin + n, unit]
+          now[unit * stride + n] = rows[begin + n, unit]
       unit = zero  # Of all layers.
       for layer in range(len(floors)):
         floor = floors[layer]
-        for to in range(zero, widths[layer + 1] * block, block):
+        for to in range(zero, widths[layer + 1] * stride, stride):
           bias, i, end = biases[unit], starts[unit], starts[unit + one]
           unit += one
           if size == one:
             total = bias
             while i < end:
-              total += weights[i] * now[inputs[i] * block]
+              total += weights[i] * now[inputs[i] * stride]
               i += one
             then[to] = floor if total < floor else total
             continue
@@ -434,25 +469,21 @@ def _compiled(dtype: np.dtype) -> Callable[..., None] | None:
             then[to + n] = bias
           while i + four <= end:  # Sums are read and written once for four products.
             w0, w1, w2, w3 = weights[i], weights[i + one], weights[i + two], weights[i + three]
-            x0, x1 = inputs[i] * block, inputs[i + one] * block
-            x2, x3 = inputs[i + two] * block, inputs[i + three] * block
+            x0, x1 = inputs[i] * stride, inputs[i + one] * stride
+            x2, x3 = inputs[i + two] * stride, inputs[i + three] * stride
             for n in range(size):
               then[to + n] += (
                 w0 * now[x0 + n] + w1 * now[x1 + n] + w2 * now[x2 + n] + w3 * now[x3 + n]
               )
             i += four
           if i + two <= end:
-            w0, w1, x0, x1 = (
-              weights[i],
-              weights[i + one],
-              inputs[i] * block,
-              inputs[i + one] * block,
-            )
+            w0, w1 = weights[i], weights[i + one]
+            x0, x1 = inputs[i] * stride, inputs[i + one] * stride
             for n in range(size):
               then[to + n] += w0 * now[x0 + n] + w1 * now[x1 + n]
             i += two
           if i < end:
-            w0, x0 = weights[i], inputs[i] * block
+            w0, x0 = weights[i], inputs[i] * stride
             for n in range(size):
               then[to + n] += w0 * now[x0 + n]
           if floor > nothing:
@@ -461,7 +492,7 @@ def _compiled(dtype: np.dtype) -> Callable[..., None] | None:
         now, then = then, now
       for unit in range(out.shape[1]):
         for n in range(size):
-          out[begin + n, unit] = now[unit * block + n]
+          out[begin + n, unit] = now[unit * stride + n]
 
   return run
 

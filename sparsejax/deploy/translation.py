@@ -14,15 +14,10 @@ import numpy as np
 from sparsejax import masks as masks_lib
 from sparsejax.deploy import program as programs
 from sparsejax.deploy import runtime
-from sparsejax.deploy.chains import find_chains
-from sparsejax.deploy.operations import Function, axis_of_take, broadcast, function_of
-from sparsejax.deploy.products import Take, product_of, ways_to_multiply
+from sparsejax.deploy.layers import Layers, ways_to_compute
+from sparsejax.deploy.operations import WRITTEN_OUT, Function, broadcast, function_of
 from sparsejax.deploy.program import Equation, Program, Shape
 from sparsejax.masks import PyTree
-
-# Constants of no more numbers are written out for each example: NumPy is slow in repeating them,
-# but fast memory holds no more.
-_WRITTEN_OUT = 2**17
 
 
 class Translated:
@@ -33,9 +28,9 @@ class Translated:
     threads: among how many threads the examples are shared out.
   """
 
-  def __init__(self, steps: "_Steps", threads: int, parts: int):
+  def __init__(self, steps: "_Steps", parts: int):
     self.choices = steps.choices
-    self.threads = threads
+    self.threads = max(parts, steps.threads)
     self._steps = steps
     self._parts = parts
     program = steps.program
@@ -86,10 +81,12 @@ def to_numpy(
     params: its parameters.
     example_inputs: an array or a tuple of them, of the shapes and types that it is to take, and for
       which it is to be fast.
-    kind: of the matrices; by default the one that takes less time in each layer.
-    threads: among how many threads examples are shared out, which needs functions that compute each
-      example by itself, and leading axes that are those of the examples. "fastest": one, or as many
-      as there are cores, if these divide the examples.
+    kind: of the matrices; by default the one that takes less time in each layer, or sparse ones
+      throughout if these take less time together.
+    threads: among how many threads examples are shared out, by the computation as a whole or by
+      each sparse layer, whichever takes less time. It needs functions that compute each example by
+      itself, and leading axes that are those of the examples. "fastest": one, or as many as there
+      are cores, if these divide the examples.
     rounds: how often to time each.
 
   Returns:
@@ -115,32 +112,31 @@ def to_numpy(
     if np.isnan(leaf).any():
       raise ValueError(f"{name!r} holds NaN.")
 
-  def translated(count, is_chained):
-    # Sparse layers share out their rows by themselves, with less to do for Python.
-    parts, of_layers = (1, count) if is_chained else (count, 1)
+  def translated(kind, parts, of_layers):
     part = inputs if parts == 1 else jax.tree.map(lambda x: x[: len(x) // parts], inputs)
     types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), part)
     program = programs.trace_of(apply_fn, params, types)
     leaves = list(map(np.asarray, jax.tree.leaves(params)))
-    ways = _Ways(kind, rounds, is_chained, of_layers)
-    return Translated(_translate(program, leaves, jax.tree.leaves(part), ways), count, parts)
+    ways = _Ways(kind, rounds, of_layers)
+    with np.errstate(all="ignore"):  # As JAX does.
+      return Translated(_translate(program, leaves, jax.tree.leaves(part), ways), parts)
 
   sizes = {len(x) if x.ndim else 1 for x in jax.tree.leaves(inputs)}
-  if threads == "fastest":
-    cores = _count_cores()
-    counts = [1] if cores == 1 or any(size % cores for size in sizes) else [1, cores]
-  elif threads < 1 or any(size % threads for size in sizes):
+  counts = {1, _count_cores()} if threads == "fastest" else {threads}
+  counts = {count for count in counts if count > 0 and not any(size % count for size in sizes)}
+  if not counts:
     raise ValueError(f"threads={threads} do not divide {sizes} examples among them.")
-  else:
-    counts = [threads]
-  chained = {"fastest": [False, True], "dense": [False], "sparse": [True]}[kind]
-  found = {way: translated(*way) for way in itertools.product(counts, chained)}
+  # Either the whole computation is shared out, or each sparse layer by itself, which leaves less to
+  # do for Python.
+  shared = {pair for count in counts for pair in ((count, 1), (1, count))}
+  # What is sparse throughout may be one call, which takes less time than layer by layer.
+  kinds = ("fastest", "sparse") if kind == "fastest" else (kind,)
+  found = {(each, *pair): translated(each, *pair) for each in kinds for pair in sorted(shared)}
   if len(found) == 1:
     return next(iter(found.values()))
   calls = {way: functools.partial(network, *inputs) for way, network in found.items()}
   # A thread of dense products keeps its core busy for some 30 ms after the last of them.
-  turn = 1e-2 if len(counts) == 1 else 6e-2
-  times = runtime.take_turns(calls, rounds, turn=turn)
+  times = runtime.take_turns(calls, rounds, turn=6e-2 if len(shared) > 1 else 1e-2)
   return found[min(found, key=lambda way: min(times[way]))]
 
 
@@ -185,6 +181,7 @@ class _Steps(NamedTuple):
   constants: dict[int, np.ndarray]
   program: Program
   choices: tuple[str, ...]
+  threads: int
 
   def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
     known = self.constants | dict(zip(self.program.inputs, inputs))
@@ -200,13 +197,11 @@ class _Ways(NamedTuple):
   Attributes:
     kind: of the matrices, or "fastest".
     rounds: how often to time each.
-    is_chained: whether products that follow each other are together sparse layers.
     threads: of sparse layers.
   """
 
   kind: str
   rounds: int
-  is_chained: bool
   threads: int
 
 
@@ -220,28 +215,21 @@ def _translate(program: Program, params: list[Any], inputs: list[Any], ways: _Wa
   new = itertools.count(len(program.shapes))
   steps, choices = [], []
   equations = _running(program, known)
-  takes = _absorbed(equations, program, known)
-  chains = find_chains(equations, program, known, takes) if ways.is_chained else {}
-  skipped = {i for chain in chains.values() for i in chain.variables} - chains.keys() | takes.keys()
+  layers = Layers(equations, program, known)
   last = {i: n for n, equation in enumerate(equations) for i in equation.inputs}
-  last |= {take.source: max(last[take.source], last[i]) for i, take in takes.items()}
+  last |= {take.source: max(last[take.source], last[i]) for i, take in layers.takes.items()}
   last |= dict.fromkeys(program.outputs, len(equations))
+  skipped = set(layers.takes)
   for number, equation in enumerate(equations):
     if equation.outputs[0] in skipped:
       continue
     operands, outputs, in_place = equation.inputs, equation.outputs, False
-    chain = chains.get(outputs[0])
-    product = None if chain else product_of(equation, known, program.shapes)
-    if chain is not None:
-      operands, outputs = (chain.data,), (chain.output,)
-      function = runtime.SparseLayers(chain.layers, ways.threads)
-      choices += ["sparse"] * len(chain.layers)
-    elif product is not None:
-      data = operands[product.data]
-      take = takes.get(data)
-      operands = (data if take is None else take.source,)
-      makers = ways_to_multiply(product, take, program.shapes, ways.threads)
-      choice, function = runtime.choose(makers, running[operands[0]], ways.kind, ways.rounds)
+    layer = layers.layer_of(equation)
+    if layer is not None:
+      operands, outputs = (layer.data,), layer.variables[-1:]
+      skipped.update(layer.variables)
+      makers = ways_to_compute(layer, program, ways.threads)
+      choice, function = runtime.choose(makers, running[layer.data], ways.kind, ways.rounds)
       choices.append(choice)
     else:
       function = function_of(equation, program.shapes)
@@ -255,13 +243,13 @@ def _translate(program: Program, params: list[Any], inputs: list[Any], ways: _Wa
         and _same_type(program, first, outputs[0])
       )
       shape = program.shapes[outputs[0]]
-      if math.prod(shape) <= _WRITTEN_OUT:
+      if math.prod(shape) <= WRITTEN_OUT:
         like = next(running[i] for i in operands if i in running)
         for i in set(operands) & known.keys():
           fresh = next(new)
           known[fresh] = _written_out(known[i], shape, like)
           operands = tuple(fresh if j == i else j for j in operands)
-    if chain is not None or product is not None or isinstance(function, np.ufunc):
+    if layer is not None or isinstance(function, np.ufunc):
       own.update(outputs)
     else:
       own.difference_update(operands)
@@ -276,10 +264,16 @@ def _translate(program: Program, params: list[Any], inputs: list[Any], ways: _Wa
           f" {values[i].dtype}."
         )
     running = {i: x for i, x in values.items() if i in running or i in outputs}
-    steps.append(step)
+    both = None
+    if steps and steps[-1].outputs == operands and layers.only_reader(operands[0]):
+      both = runtime.joined(steps[-1].function, function)
+    if both is None:
+      steps.append(step)
+    else:  # What lies between them nothing else reads.
+      steps[-1] = dataclasses.replace(steps[-1], function=both, outputs=outputs)
   read = {i for step in steps for i in step.inputs} | set(program.outputs)
   constants = {i: x for i, x in known.items() if i in read}
-  return _Steps(tuple(steps), constants, program, tuple(choices))
+  return _Steps(tuple(steps), constants, program, tuple(choices), ways.threads)
 
 
 def _running(program: Program, known: dict[int, Any]) -> list[Equation]:
@@ -297,33 +291,6 @@ def _running(program: Program, known: dict[int, Any]) -> list[Equation]:
     else:
       running.append(equation)
   return running
-
-
-def _absorbed(
-  equations: list[Equation], program: Program, known: dict[int, Any]
-) -> dict[int, Take]:
-  """What only matrix products read, and what is taken from an axis that they sum over.
-
-  A sparse matrix needs no inputs taken: in the place of the others it has nothing.
-  """
-  readers: dict[int, list[Equation]] = {}
-  for equation in equations:
-    for i in equation.inputs:
-      readers.setdefault(i, []).append(equation)
-  takes = {}
-  for equation in equations:
-    if equation.name == "gather" and equation.inputs[1] in known:
-      (output,) = equation.outputs
-      reader, *others = readers.get(output, [None])
-      axis = axis_of_take(equation.params, program.shapes[equation.inputs[0]])
-      indices = known[equation.inputs[1]]
-      if others or output in program.outputs or axis is None or indices.ndim != 2:
-        continue
-      if reader.name == "dot_general" and reader.inputs[1] in known:
-        contracted, batch = reader.params["dimension_numbers"]
-        if contracted[0] == (axis,) and not batch[0]:
-          takes[output] = Take(equation.inputs[0], indices[:, 0].astype(np.intp))
-  return takes
 
 
 def _constant(equation: Equation, known: dict[int, Any]) -> list[np.ndarray]:

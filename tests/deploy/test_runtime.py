@@ -86,7 +86,7 @@ def test_without_numba_nothing_is_compiled(monkeypatch):
 def test_a_sparse_product_is_the_dense_one_however_its_rows_lie_in_memory(count, dtype, by):
   matrix = sparse(23, 31, density=0.3).astype(dtype)
   matrix[:, 4] = matrix[5] = 0
-  multiply = runtime.sparse(matrix)
+  multiply = runtime.sparse(runtime.Affine(matrix))
   assert (runtime._compiled(matrix.dtype) is None) == (by == "scipy")
   rows = np.random.default_rng(1).normal(size=(count, 46)).astype(dtype)
   for x in (rows[:, :23], rows[:, ::2], np.asfortranarray(rows[:, 23:]), rows[:, 22::-1]):
@@ -102,11 +102,11 @@ def test_a_sparse_product_has_inf_and_nan_where_they_belong(by):
   matrix = np.eye(6, 5, dtype=np.float32)
   expected = np.ones((2, 5), np.float32)
   expected[0, 2], expected[1, 3] = np.nan, -np.inf
-  np.testing.assert_array_equal(runtime.sparse(matrix)(x), expected)
+  np.testing.assert_array_equal(runtime.sparse(runtime.Affine(matrix))(x), expected)
 
 
 def test_a_sparse_product_takes_numbers_of_other_types_as_scipy_does(by):
-  multiply = runtime.sparse(np.eye(3, dtype=np.float32))
+  multiply = runtime.sparse(runtime.Affine(np.eye(3, dtype=np.float32)))
   for dtype in (np.float64, np.int32, np.float16):
     out = multiply(np.arange(6).reshape(2, 3).astype(dtype))
     assert out.dtype == np.result_type(np.float32, dtype)
@@ -117,10 +117,10 @@ def test_a_sparse_product_takes_numbers_of_other_types_as_scipy_does(by):
 @pytest.mark.parametrize("count", [0, 1, 2, 65, 200])
 def test_sparse_layers_are_products_with_biases_and_floors_one_after_the_other(count, threads, by):
   layers = [
-    runtime.SparseLayer(sparse(30, 20, density=0.3), sparse(20, density=1), 0.0),
-    runtime.SparseLayer(sparse(20, 9, density=0.2, seed=1)),
-    runtime.SparseLayer(sparse(9, 40, density=0.5, seed=2), floor=-0.5),
-    runtime.SparseLayer(sparse(40, 3, density=0.1, seed=3), sparse(3, density=1)),
+    runtime.Affine(sparse(30, 20, density=0.3), sparse(20, density=1), 0.0),
+    runtime.Affine(sparse(20, 9, density=0.2, seed=1)),
+    runtime.Affine(sparse(9, 40, density=0.5, seed=2), floor=-0.5),
+    runtime.Affine(sparse(40, 3, density=0.1, seed=3), sparse(3, density=1)),
   ]
   x = np.random.default_rng(0).normal(size=(count, 2, 30)).astype(np.float32)
   x[1:2, 0, 1], x[1:2, 1, 2] = np.nan, np.inf
@@ -138,10 +138,14 @@ def test_sparse_layers_are_products_with_biases_and_floors_one_after_the_other(c
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_sparse_layers_of_two_types_are_an_error():
-  layers = [runtime.SparseLayer(np.eye(2, dtype=dtype)) for dtype in (np.float32, np.float64)]
+def test_sparse_layers_that_do_not_fit_are_an_error():
+  layers = [runtime.Affine(np.eye(2, dtype=dtype)) for dtype in (np.float32, np.float64)]
   with pytest.raises(ValueError, match="not of float32 and float64: convert them"):
     runtime.SparseLayers(layers)
+  with pytest.raises(ValueError, match="a layer takes 3 numbers, but gets 2"):
+    runtime.SparseLayers([runtime.Affine(sparse(3, 2)), runtime.Affine(sparse(3, 2))])
+  with pytest.raises(ValueError, match="the first layer takes 3 numbers, but gets 2"):
+    runtime.SparseLayers([runtime.Affine(sparse(3, 2))])(np.ones((1, 2), np.float32))
 
 
 def test_sparse_layers_of_a_network_that_follow_each_other_are_one(by):

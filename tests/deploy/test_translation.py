@@ -55,8 +55,8 @@ FUNCTIONS = {
 }
 
 
-def chain(p, x, *between):
-  """Layers of three widths, each followed by what is given."""
+def layers(p, x, *between):
+  """Layers of two widths, each followed by what is given."""
   x = x[:, 0, 0]
   for weights, function in zip((p, p.T, p), between):
     x = function(x @ weights)
@@ -74,6 +74,7 @@ def chain(p, x, *between):
     ([lambda x: x + random(2, 5), jax.nn.relu], 2),  # What is added differs between examples.
     ([lambda x: jnp.maximum(x, random(5)), jax.nn.relu], 2),  # No number, but one for each output.
     ([jnp.tanh, jax.nn.relu], 2),
+    ([lambda x: x[:, ::-1], jax.nn.relu], 2),
     ([lambda x: x + x, jax.nn.relu], 2),  # It is read twice.
     ([lambda x: x - 1, lambda x: jnp.minimum(x, 1), jax.nn.relu], 3),
   ],
@@ -84,13 +85,14 @@ def test_sparse_products_that_follow_each_other_are_one_call(between, calls, mon
   monkeypatch.setattr(
     runtime.SparseLayers, "__call__", lambda *args: called.append(args[0]) or run(*args)
   )
-  apply = lambda p, x: chain(p, x, *between)
+  apply = lambda p, x: layers(p, x, *between)
   x = random(2, 4, 3, 6)
   for threads in (1, 2):
-    translated = deploy.to_numpy(apply, W, x, kind="sparse", threads=threads)
+    translated = deploy.to_numpy(apply, W, x, kind="sparse", threads=threads, rounds=1)
     called.clear()
     assert_close(translated(x), apply(jnp.asarray(W), jnp.asarray(x)))
-    assert len(called) == calls and translated.choices == ("sparse",) * len(between)
+    assert len(called) == calls * translated._parts
+    assert translated.choices == ("sparse",) * len(between)
 
 
 def test_what_is_put_out_between_sparse_layers_is_there():
@@ -102,17 +104,41 @@ def test_what_is_put_out_between_sparse_layers_is_there():
     assert_close(found, expected)
 
 
-def test_a_chain_is_taken_where_it_takes_less_time(monkeypatch):
-  x = random(2, 6)
-  for is_chained in (True, False):
+def test_sparse_layers_are_taken_throughout_where_that_takes_less_time(monkeypatch):
+  for faster in ("dense", "sparse"):
     monkeypatch.setattr(
       "sparsejax.deploy.runtime.take_turns",
-      lambda calls, rounds, turn, faster=is_chained: {
-        way: [way not in ((1, faster), "dense")] for way in calls
+      lambda calls, rounds, turn, faster=faster: {
+        way: [way not in ("dense", ("fastest" if faster == "dense" else "sparse", 1, 1))]
+        for way in calls
       },
     )
-    translated = deploy.to_numpy(lambda p, x: x @ p @ p.T, W, x)
-    assert translated.choices == (("sparse",) * 2 if is_chained else ("dense",) * 2)
+    translated = deploy.to_numpy(lambda p, x: x @ p @ p.T, W, random(2, 6))
+    assert translated.choices == (faster, faster)
+
+
+def test_a_layer_is_computed_as_its_equations_where_numbers_are_out_of_the_ordinary():
+  largest = np.float32(3e38)
+  x = -largest * np.eye(2, 6, dtype=np.float32)
+  for apply in (
+    lambda p, x: x @ p + largest + largest,  # Both together are infinite.
+    lambda p, x: jnp.maximum(x @ p, np.float32(np.nan)),
+    lambda p, x: jnp.maximum(x @ p + jnp.inf, 1),
+  ):
+    for kind in ("dense", "sparse"):
+      translated = deploy.to_numpy(apply, np.eye(6, 5, dtype=np.float32), x, kind=kind)
+      assert_close(translated(x), apply(jnp.eye(6, 5), jnp.asarray(x)))
+
+
+def test_products_to_another_type_are_an_error_also_between_layers():
+  def apply(p, x):
+    numbers = (((1,), (0,)), ((), ()))
+    h = lax.dot_general(x, p, numbers, preferred_element_type=jnp.bfloat16)
+    return lax.dot_general(h, p.T, numbers, preferred_element_type=jnp.float32)
+
+  for kind in ("dense", "sparse"):
+    with pytest.raises(ValueError, match="'dot_general' to bfloat16 cannot be translated"):
+      deploy.to_numpy(apply, W, random(2, 6), kind=kind)
 
 
 def with_params(function):
@@ -205,12 +231,14 @@ def test_examples_are_shared_out_among_threads(monkeypatch):
   with pytest.raises(ValueError, match="threads=0 do not divide"):
     deploy.to_numpy(apply, W, (x, y), threads=0)
   monkeypatch.setattr("sparsejax.deploy.translation._count_cores", lambda: 3)
-  for faster in (1, 3):
+  for faster in [(1, 1), (3, 1), (1, 3)]:
     monkeypatch.setattr(
       "sparsejax.deploy.runtime.take_turns",
-      lambda calls, rounds, turn, faster=faster: {way: [faster not in way] for way in calls},
+      lambda calls, rounds, turn, faster=faster: {way: [way[1:] != faster] for way in calls},
     )
-    assert deploy.to_numpy(apply, W, (x, y), kind="dense", threads="fastest").threads == faster
+    translated = deploy.to_numpy(apply, W, (x, y), kind="sparse", threads="fastest")
+    assert translated.threads == max(faster)
+    jax.tree.map(assert_close, translated(x, y), expected)
   few = x[:5], y[:5]  # Three do not divide them.
   assert deploy.to_numpy(apply, W, few, kind="dense", threads="fastest").threads == 1
 
