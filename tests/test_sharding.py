@@ -1,5 +1,7 @@
 """Mask updates on eight devices: the masks of one, and next to nothing sent or written."""
 
+import functools
+
 import compiling
 import hlo
 import jax
@@ -81,16 +83,22 @@ def on_mesh(tree, mesh, sharding):
   }
 
 
+@functools.cache
+def _on_one_device(name):
+  """The transformation, its state at the start, and the masks after an update."""
+  tx = {**LINKS, **WRAPPERS}[name]()
+  weights, gradients = (jax.tree.map(jnp.asarray, make_tree(seed)) for seed in (0, 1))
+  start = tx.init(weights)
+  _, state = jax.jit(tx.update)(gradients, start, weights)
+  return tx, start, sparsejax.get_masks(state, weights)
+
+
 @pytest.mark.parametrize("name,mode,sharding", list(_cases()))
 def test_a_mask_update_on_eight_devices_gives_the_masks_of_one_and_sends_counts_only(
   name, mode, sharding
 ):
-  tx = {**LINKS, **WRAPPERS}[name]()
   weights, gradients = make_tree(0), make_tree(1)
-  on_one = jax.tree.map(jnp.asarray, weights)
-  start = tx.init(on_one)
-  _, expected = jax.jit(tx.update)(jax.tree.map(jnp.asarray, gradients), start, on_one)
-  expected = sparsejax.get_masks(expected, on_one)
+  tx, start, expected = _on_one_device(name)
   pruned = jax.tree.map(lambda m: int((~m).sum()), expected)
   assert 0 < sum(pruned.values()) < sum(w.size for w in weights.values())
 
