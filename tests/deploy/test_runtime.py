@@ -171,7 +171,7 @@ def test_parts_are_computed_in_threads_also_in_a_process_that_was_forked(tmp_pat
     np.testing.assert_array_equal(np.concatenate(parts), 2 * numbers)
   for last in (4, 9):  # An error in the first part, and in the last.
     with pytest.raises(ZeroDivisionError):
-      runtime.in_parts(lambda x, last=last: 1 // (last - x.max()), 2, numbers)
+      runtime.in_parts(lambda x, last=last: 1 // (last - int(x.max())), 2, numbers)
   (tmp_path / "runtime.py").write_bytes(pathlib.Path(runtime.__file__).read_bytes())
   program = """
     import os, sys
