@@ -9,19 +9,15 @@ from sparsejax.alias import (
   static_sparse_training,
 )
 from sparsejax.allocation import masks_from_scores
-from sparsejax.arguments import OneOf
+from sparsejax.arguments import OneOf, static_args
 from sparsejax.dynamic import dynamic_sparse_training
-from sparsejax.gradual import (
-  fixed_masks,
-  gradual_pruning,
-  one_shot_pruning,
-  progressive_pruning,
-)
+from sparsejax.fixed import fixed_masks
+from sparsejax.gradual import gradual_pruning, one_shot_pruning, progressive_pruning
 from sparsejax.masks import Overlap, apply_masks, is_kernel, overlap, sparsity
 from sparsejax.report import Summary, summary
 from sparsejax.selection import select_smallest
 from sparsejax.state import MaskedUpdatesState, get_masks
-from sparsejax.transform import Call, Rule, masked_updates, static_args
+from sparsejax.transform import Call, Rule, masked_updates
 
 __all__ = (
   "Call",

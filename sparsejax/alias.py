@@ -329,7 +329,7 @@ def static_sparse_training(
   Raises:
     ValueError: as `sparsejax.dynamic_sparse_training` does.
   """
-  transform.check_inner(inner)
+  arguments.check_inner(inner)
   sparsity, _ = start.check_start(sparsity, masks, ramp=None, initial=0.0)
   return transform.masked_updates(
     lambda call: call.masks,

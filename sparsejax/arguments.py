@@ -1,6 +1,7 @@
 """Arguments of the public functions, checked before anything is traced; errors show them."""
 
 import dataclasses
+import inspect
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from sparsejax.masks import PyTree
 
@@ -133,3 +135,32 @@ def check_rise(initial: float, sparsity: PyTree) -> None:
   for value in known:
     if isinstance(value, float) and initial > value:
       raise ValueError(f"initial must not exceed the sparsity, got {initial} and {value}.")
+
+
+def check_inner(inner: Any) -> None:
+  """Raises a ValueError if this is no optimizer."""
+  if not isinstance(inner, optax.GradientTransformation):
+    raise ValueError(
+      "inner must be an optimizer, such as optax.sgd(0.1) or"
+      f" optax.MultiSteps(...).gradient_transformation(), got {inner!r}."
+    )
+
+
+def static_args(transformation: Callable[..., Any]) -> tuple[str, ...]:
+  """The arguments that `optax.inject_hyperparams` has to leave alone: all but the sparsity.
+
+  Args:
+    transformation: a function that takes a `sparsity`, such as `sparsejax.progressive_pruning`.
+
+  Returns:
+    The names of its other arguments.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, sparsejax
+    >>> pruning = sparsejax.one_shot_pruning
+    >>> tx = optax.inject_hyperparams(pruning, sparsejax.static_args(pruning))(0.5, at=10)
+    >>> state = tx.init({"kernel": jnp.ones((2, 2))})
+    >>> print(state.hyperparams["sparsity"])
+    0.5
+  """
+  return tuple(name for name in inspect.signature(transformation).parameters if name != "sparsity")

@@ -138,7 +138,7 @@ def dynamic_sparse_training(
     Nowak et al., `Fantastic Weights and How to Find Them: Where to Prune in Dynamic Sparse Training
     <https://arxiv.org/abs/2306.12230>`_, 2023
   """
-  transform.check_inner(inner)
+  arguments.check_inner(inner)
   every = arguments.check_integer("every", every, at_least=1)
   begin = arguments.check_integer("begin", begin, at_least=0)
   if end is not None:

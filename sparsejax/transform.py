@@ -1,9 +1,8 @@
 """The transformation itself: when masks change, and updates that give exact zeros."""
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import optax
 
 from sparsejax import arguments, packing, selection
 from sparsejax import masks as masks_lib
+from sparsejax.lanes import in_any_lane
 from sparsejax.masks import Prunable, PyTree, is_kernel, is_masked_node
 from sparsejax.moments import map_moments
 from sparsejax.state import MaskedUpdatesState
@@ -243,26 +243,6 @@ def masked_updates(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def static_args(transformation: Callable[..., Any]) -> tuple[str, ...]:
-  """The arguments that `optax.inject_hyperparams` has to leave alone: all but the sparsity.
-
-  Args:
-    transformation: a function that takes a `sparsity`, such as `sparsejax.progressive_pruning`.
-
-  Returns:
-    The names of its other arguments.
-
-  Example:
-    >>> import jax.numpy as jnp, optax, sparsejax
-    >>> pruning = sparsejax.one_shot_pruning
-    >>> tx = optax.inject_hyperparams(pruning, sparsejax.static_args(pruning))(0.5, at=10)
-    >>> state = tx.init({"kernel": jnp.ones((2, 2))})
-    >>> print(state.hyperparams["sparsity"])
-    0.5
-  """
-  return tuple(name for name in inspect.signature(transformation).parameters if name != "sparsity")
-
-
 def check_prunable(params: PyTree, masks: PyTree) -> None:
   """Raises a ValueError if nothing can be pruned, or something that the masks are of cannot."""
   names = [masks_lib.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -285,15 +265,6 @@ def check_prunable(params: PyTree, masks: PyTree) -> None:
       )
 
 
-def check_inner(inner: Any) -> None:
-  """Raises a ValueError if this is no optimizer."""
-  if not isinstance(inner, optax.GradientTransformation):
-    raise ValueError(
-      "inner must be an optimizer, such as optax.sgd(0.1) or"
-      f" optax.MultiSteps(...).gradient_transformation(), got {inner!r}."
-    )
-
-
 def _check_combination(inner, after_step, skip_step, moments, keep_weights) -> None:
   """Raises a ValueError if arguments contradict each other."""
   if moments not in get_args(Moments):
@@ -301,7 +272,7 @@ def _check_combination(inner, after_step, skip_step, moments, keep_weights) -> N
   if inner is None and (after_step or skip_step or moments != "masked"):
     raise ValueError("after_step, skip_step and moments are about an inner optimizer: pass one.")
   if inner is not None:
-    check_inner(inner)
+    arguments.check_inner(inner)
   if inner is not None and keep_weights:
     raise ValueError("keep_weights is for links after an optimizer, not with an inner one.")
   if after_step and skip_step:
@@ -343,7 +314,7 @@ def _changed(
   if isinstance(is_due, jax.core.Tracer):
     # What the rule looks at is all that goes in: updates among the operands, or masks that are
     # unpacked, would be written to memory at each step, for nothing.
-    found = jax.lax.cond(_in_any_lane(is_due), changed, lambda: unchanged)
+    found = jax.lax.cond(in_any_lane(is_due), changed, lambda: unchanged)
   else:  # Outside of `jax.jit`, the conditional would be compiled at each call.
     found = changed() if is_due else unchanged
   survivors = jax.tree.map(lambda *each: functools.reduce(jnp.bitwise_and, each), stored, *found)
@@ -378,20 +349,3 @@ def _select(condition: jax.Array, tree: PyTree, other: PyTree) -> PyTree:
 def _where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
   # XLA's CPU backend selects by bytes nearly twice as fast as by booleans.
   return jnp.where(mask.astype(jnp.uint8) != 0, x, y)
-
-
-@jax.custom_batching.custom_vmap
-def _in_any_lane(predicate: jax.Array) -> jax.Array:
-  """The predicate; under vmap, whether it holds in any lane.
-
-  A `lax.cond` on a batched predicate becomes a select, and each lane would pay for the rule at each
-  step. On this one it stays a `lax.cond`.
-  """
-  return predicate
-
-
-@_in_any_lane.def_vmap
-def _(axis_size, in_batched, predicate):
-  del axis_size
-  # Called again, so that the vmap around this one reduces its lanes too.
-  return _in_any_lane(jnp.any(predicate, axis=0) if in_batched[0] else predicate), False

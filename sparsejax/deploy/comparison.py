@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import masks as masks_lib
-from sparsejax.deploy import files, final, runtime
+from sparsejax.deploy import files, final
 from sparsejax.deploy.compaction import compact
 from sparsejax.deploy.comparison_report import Report, Variant
+from sparsejax.deploy.runtime import timing
 from sparsejax.deploy.translation import to_numpy
 from sparsejax.masks import PyTree
 
@@ -206,7 +207,7 @@ def _measure(forms, inputs, original, batches, rounds):
         functions[name, "jax"] = _in_jax(form.apply_fn, form.params, examples)
     for (name, _), function in functions.items():
       differences[name] = max(differences[name], _difference(function(), expected))
-    for (name, engine), times in runtime.take_turns(functions, rounds, turn=_TURN).items():
+    for (name, engine), times in timing.take_turns(functions, rounds, turn=_TURN).items():
       seconds[name].setdefault(engine, {})[batch] = times
   return seconds, networks, differences
 

@@ -7,11 +7,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsejax.deploy import runtime
 from sparsejax.deploy.operations import WRITTEN_OUT, Function, axis_of_take
-from sparsejax.deploy.products import Product, Take, product_of
+from sparsejax.deploy.products import Product, product_of
 from sparsejax.deploy.program import Equation, Program
-from sparsejax.deploy.runtime import Affine
+from sparsejax.deploy.runtime import affine as affines
+from sparsejax.deploy.runtime.affine import Affine
+
+
+class Take(NamedTuple):
+  """Indices that a product takes of an axis of its data."""
+
+  source: int
+  indices: np.ndarray
 
 
 class Layer(NamedTuple):
@@ -49,7 +56,7 @@ def ways_to_compute(
       rows = math.prod(shape[:-1]), shape[-1]
       written = [None if x is None else np.broadcast_to(x, rows).copy() for x in affine[1:]]
       affine = Affine(affine.matrix, *written)
-    compute = functools.partial(product.times, runtime.dense(affine))
+    compute = functools.partial(product.times, affines.dense(affine))
     if take is None:
       return compute
     taken = (*[slice(None)] * axis, indices)  # Faster than `np.take`.
@@ -61,7 +68,7 @@ def ways_to_compute(
       matrix = np.zeros((size, affine.matrix.shape[1]), affine.matrix.dtype)
       np.add.at(matrix, indices, affine.matrix)
       affine = affine._replace(matrix=matrix)
-    layers = runtime.sparse(affine, threads)
+    layers = affines.sparse(affine, threads)
     is_along_last = product.axes == (len(program.shapes[layer.data]) - 1,)
     if product.is_last and is_along_last:
       return layers

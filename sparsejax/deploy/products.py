@@ -1,20 +1,13 @@
-"""Products and convolutions with weights in NumPy, and the ways to multiply: dense or sparse."""
+"""Products and convolutions with weights as NumPy's products of rows with a matrix."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from sparsejax.deploy import runtime
 from sparsejax.deploy.operations import Function
 from sparsejax.deploy.program import Equation, Shape
-
-
-class Take(NamedTuple):
-  """Indices that a product takes of an axis of its data."""
-
-  source: int
-  indices: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)

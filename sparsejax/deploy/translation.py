@@ -13,10 +13,12 @@ import numpy as np
 
 from sparsejax import masks as masks_lib
 from sparsejax.deploy import program as programs
-from sparsejax.deploy import runtime
 from sparsejax.deploy.layers import Layers, ways_to_compute
 from sparsejax.deploy.operations import WRITTEN_OUT, Function, broadcast, function_of
 from sparsejax.deploy.program import Equation, Program, Shape
+from sparsejax.deploy.runtime import timing
+from sparsejax.deploy.runtime.affine import joined
+from sparsejax.deploy.runtime.threads import in_parts
 from sparsejax.masks import PyTree
 
 
@@ -28,9 +30,9 @@ class Translated:
     threads: among how many threads the examples are shared out.
   """
 
-  def __init__(self, steps: "_Steps", parts: int):
+  def __init__(self, steps: "_Steps", parts: int, threads: int):
     self.choices = steps.choices
-    self.threads = max(parts, steps.threads)
+    self.threads = threads
     self._steps = steps
     self._parts = parts
     program = steps.program
@@ -53,7 +55,7 @@ class Translated:
     if self._parts == 1:
       outputs = self._steps.run(*values)
     else:
-      parts = runtime.in_parts(self._steps.run, self._parts, *values)
+      parts = in_parts(self._steps.run, self._parts, *values)
       outputs = list(map(np.concatenate, zip(*parts)))
     return jax.tree.unflatten(self._steps.program.structure, outputs)
 
@@ -119,7 +121,8 @@ def to_numpy(
     leaves = list(map(np.asarray, jax.tree.leaves(params)))
     ways = _Ways(kind, rounds, of_layers)
     with np.errstate(all="ignore"):  # As JAX does.
-      return Translated(_translate(program, leaves, jax.tree.leaves(part), ways), parts)
+      steps = _translate(program, leaves, jax.tree.leaves(part), ways)
+    return Translated(steps, parts, threads=parts * of_layers)
 
   sizes = {len(x) if x.ndim else 1 for x in jax.tree.leaves(inputs)}
   counts = {1, _count_cores()} if threads == "fastest" else {threads}
@@ -135,8 +138,8 @@ def to_numpy(
   if len(found) == 1:
     return next(iter(found.values()))
   calls = {way: functools.partial(network, *inputs) for way, network in found.items()}
-  # A thread of dense products keeps its core busy for some 30 ms after the last of them.
-  times = runtime.take_turns(calls, rounds, turn=6e-2 if len(shared) > 1 else 1e-2)
+  # A thread of dense products keeps its core busy for a while after the last of them.
+  times = timing.take_turns(calls, rounds, turn=6e-2 if len(shared) > 1 else 1e-2)
   return found[min(found, key=lambda way: min(times[way]))]
 
 
@@ -181,7 +184,6 @@ class _Steps(NamedTuple):
   constants: dict[int, np.ndarray]
   program: Program
   choices: tuple[str, ...]
-  threads: int
 
   def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
     known = self.constants | dict(zip(self.program.inputs, inputs))
@@ -229,7 +231,7 @@ def _translate(program: Program, params: list[Any], inputs: list[Any], ways: _Wa
       operands, outputs = (layer.data,), layer.variables[-1:]
       skipped.update(layer.variables)
       makers = ways_to_compute(layer, program, ways.threads)
-      choice, function = runtime.choose(makers, running[layer.data], ways.kind, ways.rounds)
+      choice, function = timing.choose(makers, running[layer.data], ways.kind, ways.rounds)
       choices.append(choice)
     else:
       function = function_of(equation, program.shapes)
@@ -266,14 +268,14 @@ def _translate(program: Program, params: list[Any], inputs: list[Any], ways: _Wa
     running = {i: x for i, x in values.items() if i in running or i in outputs}
     both = None
     if steps and steps[-1].outputs == operands and layers.only_reader(operands[0]):
-      both = runtime.joined(steps[-1].function, function)
+      both = joined(steps[-1].function, function)
     if both is None:
       steps.append(step)
     else:  # What lies between them nothing else reads.
       steps[-1] = dataclasses.replace(steps[-1], function=both, outputs=outputs)
   read = {i for step in steps for i in step.inputs} | set(program.outputs)
   constants = {i: x for i, x in known.items() if i in read}
-  return _Steps(tuple(steps), constants, program, tuple(choices), ways.threads)
+  return _Steps(tuple(steps), constants, program, tuple(choices))
 
 
 def _running(program: Program, known: dict[int, Any]) -> list[Equation]:

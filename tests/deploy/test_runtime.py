@@ -1,6 +1,7 @@
 """Inference without JAX: the outputs of JAX, and the faster matrix in each layer."""
 
 import pathlib
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,9 @@ import pytest
 from jax import lax
 
 from sparsejax.deploy import runtime
-from sparsejax.deploy.runtime import Conv, Dense, Network, Pool, flatten, relu
+from sparsejax.deploy.runtime import Conv, Dense, Network, Pool, affine, compiled, flatten, relu
+from sparsejax.deploy.runtime.network import _Product
+from sparsejax.deploy.runtime.threads import in_parts
 
 
 def sparse(*shape, density=0.1, seed=0):
@@ -72,13 +75,13 @@ def test_a_network_of_all_kinds_of_layers_is_that_of_jax_for_any_batch(kind):
 def by(request, monkeypatch):
   """By what sparse products are made."""
   if request.param == "scipy":
-    monkeypatch.setattr(runtime, "_compiled", lambda dtype: None)
+    monkeypatch.setattr(compiled, "run_of", lambda dtype: None)
   return request.param
 
 
 def test_without_numba_nothing_is_compiled(monkeypatch):
   monkeypatch.setitem(sys.modules, "numba", None)
-  assert runtime._compiled.__wrapped__(np.dtype(np.float32)) is None
+  assert compiled.run_of.__wrapped__(np.dtype(np.float32)) is None
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -86,8 +89,8 @@ def test_without_numba_nothing_is_compiled(monkeypatch):
 def test_a_sparse_product_is_the_dense_one_however_its_rows_lie_in_memory(count, dtype, by):
   matrix = sparse(23, 31, density=0.3).astype(dtype)
   matrix[:, 4] = matrix[5] = 0
-  multiply = runtime.sparse(runtime.Affine(matrix))
-  assert (runtime._compiled(matrix.dtype) is None) == (by == "scipy")
+  multiply = affine.sparse(affine.Affine(matrix))
+  assert (compiled.run_of(matrix.dtype) is None) == (by == "scipy")
   rows = np.random.default_rng(1).normal(size=(count, 46)).astype(dtype)
   for x in (rows[:, :23], rows[:, ::2], np.asfortranarray(rows[:, 23:]), rows[:, 22::-1]):
     x.flags.writeable = False
@@ -102,11 +105,11 @@ def test_a_sparse_product_has_inf_and_nan_where_they_belong(by):
   matrix = np.eye(6, 5, dtype=np.float32)
   expected = np.ones((2, 5), np.float32)
   expected[0, 2], expected[1, 3] = np.nan, -np.inf
-  np.testing.assert_array_equal(runtime.sparse(runtime.Affine(matrix))(x), expected)
+  np.testing.assert_array_equal(affine.sparse(affine.Affine(matrix))(x), expected)
 
 
 def test_a_sparse_product_takes_numbers_of_other_types_as_scipy_does(by):
-  multiply = runtime.sparse(runtime.Affine(np.eye(3, dtype=np.float32)))
+  multiply = affine.sparse(affine.Affine(np.eye(3, dtype=np.float32)))
   for dtype in (np.float64, np.int32, np.float16):
     out = multiply(np.arange(6).reshape(2, 3).astype(dtype))
     assert out.dtype == np.result_type(np.float32, dtype)
@@ -117,10 +120,10 @@ def test_a_sparse_product_takes_numbers_of_other_types_as_scipy_does(by):
 @pytest.mark.parametrize("count", [0, 1, 2, 65, 200])
 def test_sparse_layers_are_products_with_biases_and_floors_one_after_the_other(count, threads, by):
   layers = [
-    runtime.Affine(sparse(30, 20, density=0.3), sparse(20, density=1), 0.0),
-    runtime.Affine(sparse(20, 9, density=0.2, seed=1)),
-    runtime.Affine(sparse(9, 40, density=0.5, seed=2), floor=-0.5),
-    runtime.Affine(sparse(40, 3, density=0.1, seed=3), sparse(3, density=1)),
+    affine.Affine(sparse(30, 20, density=0.3), sparse(20, density=1), 0.0),
+    affine.Affine(sparse(20, 9, density=0.2, seed=1)),
+    affine.Affine(sparse(9, 40, density=0.5, seed=2), floor=-0.5),
+    affine.Affine(sparse(40, 3, density=0.1, seed=3), sparse(3, density=1)),
   ]
   x = np.random.default_rng(0).normal(size=(count, 2, 30)).astype(np.float32)
   x[1:2, 0, 1], x[1:2, 1, 2] = np.nan, np.inf
@@ -133,19 +136,19 @@ def test_sparse_layers_are_products_with_biases_and_floors_one_after_the_other(c
       )
       expected = expected if bias is None else expected + bias
       expected = expected if floor is None else np.maximum(expected, floor)
-    found = runtime.SparseLayers(layers, threads)(x)
+    found = affine.SparseLayers(layers, threads)(x)
   assert found.dtype == np.float32
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_sparse_layers_that_do_not_fit_are_an_error():
-  layers = [runtime.Affine(np.eye(2, dtype=dtype)) for dtype in (np.float32, np.float64)]
+  layers = [affine.Affine(np.eye(2, dtype=dtype)) for dtype in (np.float32, np.float64)]
   with pytest.raises(ValueError, match="not of float32 and float64: convert them"):
-    runtime.SparseLayers(layers)
+    affine.SparseLayers(layers)
   with pytest.raises(ValueError, match="a layer takes 3 numbers, but gets 2"):
-    runtime.SparseLayers([runtime.Affine(sparse(3, 2)), runtime.Affine(sparse(3, 2))])
+    affine.SparseLayers([affine.Affine(sparse(3, 2)), affine.Affine(sparse(3, 2))])
   with pytest.raises(ValueError, match="the first layer takes 3 numbers, but gets 2"):
-    runtime.SparseLayers([runtime.Affine(sparse(3, 2))])(np.ones((1, 2), np.float32))
+    affine.SparseLayers([affine.Affine(sparse(3, 2))])(np.ones((1, 2), np.float32))
 
 
 def test_sparse_layers_of_a_network_that_follow_each_other_are_one(by):
@@ -158,28 +161,33 @@ def test_sparse_layers_of_a_network_that_follow_each_other_are_one(by):
   ]
   x = np.random.default_rng(0).normal(size=(3, 9)).astype(np.float32)
   network = Network(layers, x, kind="sparse")
-  kinds = [isinstance(function, runtime.SparseLayers) for function in network._layers]
+  kinds = [isinstance(function, affine.SparseLayers) for function in network._layers]
   assert kinds == [True, False, True, True]  # tanh is no floor; then there are two types.
   np.testing.assert_allclose(network(x), Network(layers, x, kind="dense")(x), atol=1e-5)
+
+
+def copy_runtime(folder):
+  shutil.copytree(pathlib.Path(runtime.__file__).parent, folder / "runtime")
 
 
 def test_parts_are_computed_in_threads_also_in_a_process_that_was_forked(tmp_path):
   numbers = np.arange(10)
   for threads in (1, 2, 3, 11):
-    parts = runtime.in_parts(lambda x, y: x + y, threads, numbers, numbers)
+    parts = in_parts(lambda x, y: x + y, threads, numbers, numbers)
     assert len(parts) == threads
     np.testing.assert_array_equal(np.concatenate(parts), 2 * numbers)
   for last in (4, 9):  # An error in the first part, and in the last.
     with pytest.raises(ZeroDivisionError):
-      runtime.in_parts(lambda x, last=last: 1 // (last - int(x.max())), 2, numbers)
-  (tmp_path / "runtime.py").write_bytes(pathlib.Path(runtime.__file__).read_bytes())
+      in_parts(lambda x, last=last: 1 // (last - int(x.max())), 2, numbers)
+  copy_runtime(tmp_path)
   program = """
     import os, sys
-    import numpy as np, runtime
-    assert runtime.in_parts(len, 2, np.ones(4)) == [2, 2]
+    import numpy as np
+    from runtime.threads import in_parts
+    assert in_parts(len, 2, np.ones(4)) == [2, 2]
     child = os.fork()
     if not child:
-      os._exit(runtime.in_parts(len, 2, np.ones(6)) != [3, 3])
+      os._exit(in_parts(len, 2, np.ones(6)) != [3, 3])
     sys.exit(os.waitpid(child, 0)[1] != 0)
   """
   subprocess.run(
@@ -200,7 +208,7 @@ def test_each_layer_multiplies_in_the_way_that_takes_less_time(faster, monkeypat
     return slow
 
   monkeypatch.setattr("time.perf_counter", lambda: now)
-  for name, of in (("dense", runtime._Product), ("sparse", runtime.SparseLayers)):
+  for name, of in (("dense", _Product), ("sparse", affine.SparseLayers)):
     monkeypatch.setattr(of, "__call__", takes(1 if name == faster else 2, of.__call__))
   layers = [Dense(sparse(9, 8)), flatten, Dense(sparse(8, 2))]
   assert Network(layers, np.ones((1, 9), np.float32)).choices == [faster, faster]
@@ -218,9 +226,8 @@ def test_a_layer_that_does_not_fit_or_has_nan_is_an_error_that_says_which():
     Network([Dense(np.ones((2, 2), np.float16))], np.ones((1, 2), np.float16))
 
 
-def test_the_file_runs_by_itself_without_jax(tmp_path):
-  copy = tmp_path / "runtime.py"
-  copy.write_bytes(pathlib.Path(runtime.__file__).read_bytes())
+def test_the_folder_runs_by_itself_without_jax(tmp_path):
+  copy_runtime(tmp_path)
   program = """
     import sys
     sys.modules["jax"] = sys.modules["sparsejax"] = None

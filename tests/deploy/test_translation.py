@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 from sparsejax import deploy
-from sparsejax.deploy import runtime
+from sparsejax.deploy.runtime.affine import SparseLayers
 
 
 def random(*shape, seed=0):
@@ -81,10 +81,8 @@ def layers(p, x, *between):
 )
 def test_sparse_products_that_follow_each_other_are_one_call(between, calls, monkeypatch):
   called = []
-  run = runtime.SparseLayers.__call__
-  monkeypatch.setattr(
-    runtime.SparseLayers, "__call__", lambda *args: called.append(args[0]) or run(*args)
-  )
+  run = SparseLayers.__call__
+  monkeypatch.setattr(SparseLayers, "__call__", lambda *args: called.append(args[0]) or run(*args))
   apply = lambda p, x: layers(p, x, *between)
   x = random(2, 4, 3, 6)
   for threads in (1, 2):
@@ -107,7 +105,7 @@ def test_what_is_put_out_between_sparse_layers_is_there():
 def test_sparse_layers_are_taken_throughout_where_that_takes_less_time(monkeypatch):
   for faster in ("dense", "sparse"):
     monkeypatch.setattr(
-      "sparsejax.deploy.runtime.take_turns",
+      "sparsejax.deploy.runtime.timing.take_turns",
       lambda calls, rounds, turn, faster=faster: {
         way: [way not in ("dense", ("fastest" if faster == "dense" else "sparse", 1, 1))]
         for way in calls
@@ -180,7 +178,7 @@ def test_a_value_that_is_read_again_is_not_overwritten():
 
 def test_the_faster_kind_is_chosen_in_each_layer(monkeypatch):
   monkeypatch.setattr(
-    "sparsejax.deploy.runtime.take_turns",
+    "sparsejax.deploy.runtime.timing.take_turns",
     lambda ways, rounds, turn: {name: [len(name)] * rounds for name in ways},
   )
   translated = deploy.to_numpy(lambda p, x: x @ p @ p.T, W, random(2, 6))
@@ -233,7 +231,7 @@ def test_examples_are_shared_out_among_threads(monkeypatch):
   monkeypatch.setattr("sparsejax.deploy.translation._count_cores", lambda: 3)
   for faster in [(1, 1), (3, 1), (1, 3)]:
     monkeypatch.setattr(
-      "sparsejax.deploy.runtime.take_turns",
+      "sparsejax.deploy.runtime.timing.take_turns",
       lambda calls, rounds, turn, faster=faster: {way: [way[1:] != faster] for way in calls},
     )
     translated = deploy.to_numpy(apply, W, (x, y), kind="sparse", threads="fastest")
