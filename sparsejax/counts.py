@@ -8,6 +8,7 @@ has to become a number of weights without a rounding error. JAX has no 64-bit in
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,45 +24,74 @@ class Count:
   """Integers in [0, 2**64), of any shape.
 
   Attributes:
-    high: the high words.  # dtype=uint32
-    low: the low words.  # dtype=uint32, the shape of `high`
+    high: the high words, or None if all numbers are known to be below 2**32, and what is computed
+      of such numbers, too. # dtype=uint32
+    low: the low words. # dtype=uint32, the shape of `high`
   """
 
-  high: jax.Array
+  high: jax.Array | None
   low: jax.Array
 
   def __add__(self, other: Count) -> Count:
-    low = self.low + other.low
-    return Count(self.high + other.high + (low < other.low), low)
+    a, b = _alike(self, other)
+    low = a.low + b.low
+    return Count(None if a.high is None else a.high + b.high + (low < b.low), low)
 
   def __sub__(self, other: Count) -> Count:
     """The difference, or 0 where `other` is larger."""
-    difference = Count(self.high - other.high - (self.low < other.low), self.low - other.low)
-    return where(other <= self, difference, Count(*(jnp.zeros_like(self.low),) * 2))
+    a, b = _alike(self, other)
+    high = None if a.high is None else a.high - b.high - (a.low < b.low)
+    return jax.tree.map(lambda word: jnp.where(b <= a, word, 0), Count(high, a.low - b.low))
 
   def __le__(self, other: Count) -> jax.Array:
-    return (self.high < other.high) | ((self.high == other.high) & (self.low <= other.low))
+    a, b = _alike(self, other)
+    if a.high is None:
+      return a.low <= b.low
+    return (a.high < b.high) | ((a.high == b.high) & (a.low <= b.low))
 
   def __getitem__(self, index) -> Count:
-    return Count(self.high[index], self.low[index])
+    return jax.tree.map(lambda word: word[index], self)
 
   def equals(self, other: Count) -> jax.Array:
-    return (self.high == other.high) & (self.low == other.low)
+    a, b = _alike(self, other)
+    return a.low == b.low if a.high is None else (a.high == b.high) & (a.low == b.low)
 
   def to_float(self) -> jax.Array:
     """The nearest float32, or one beside it."""
-    return self.high.astype(jnp.float32) * float(_WORD) + self.low.astype(jnp.float32)
+    low = self.low.astype(jnp.float32)
+    return low if self.high is None else self.high.astype(jnp.float32) * float(_WORD) + low
 
   def halved(self) -> Count:
+    if self.high is None:
+      return Count(None, self.low >> 1)
     return Count(self.high >> 1, (self.high << 31) | (self.low >> 1))
+
+  def clipped(self) -> jax.Array:
+    """The numbers as words, those that are larger as the largest."""
+    largest = np.uint32(_WORD - 1)
+    return self.low if self.high is None else jnp.where(self.high > 0, largest, self.low)
+
+  def in_one_word(self, does_fit: bool = True) -> Count:
+    """The same without high words, for numbers that are known to be below 2**32."""
+    return Count(None, self.low) if does_fit else self
+
+
+def _alike(a: Count, b: Count) -> tuple[Count, Count]:
+  if (a.high is None) == (b.high is None):
+    return a, b
+  return tuple(widen(c.low) if c.high is None else c for c in (a, b))
 
 
 def where(condition: jax.Array, a: Count, b: Count) -> Count:
-  return Count(jnp.where(condition, a.high, b.high), jnp.where(condition, a.low, b.low))
+  return jax.tree.map(lambda x, y: jnp.where(condition, x, y), *_alike(a, b))
 
 
 def minimum(a: Count, b: Count) -> Count:
   return where(a <= b, a, b)
+
+
+def maximum(a: Count, b: Count) -> Count:
+  return where(a <= b, b, a)
 
 
 def from_ints(values) -> Count:
@@ -83,9 +113,21 @@ def from_ints(values) -> Count:
   )
 
 
+def from_floats(values: jax.Array) -> Count:
+  """Non-negative float32 numbers without their fractions; from 2**64 on, nearly that."""
+  values = jnp.minimum(values, np.float32(2.0**64 - 2.0**40))
+  high = jnp.floor(values * (1.0 / _WORD))
+  return Count(high.astype(jnp.uint32), (values - high * float(_WORD)).astype(jnp.uint32))
+
+
 def widen(words: jax.Array) -> Count:
-  """32-bit counts as 64-bit ones."""
-  return Count(jnp.zeros_like(words), words)
+  """Unsigned integers of at most 64 bits."""
+  high = words >> 32 if words.dtype.itemsize > 4 else jnp.zeros_like(words)
+  return Count(high.astype(jnp.uint32), words.astype(jnp.uint32))
+
+
+def stack(items: Sequence[Count]) -> Count:
+  return jax.tree.map(lambda *words: jnp.stack(words), *items)
 
 
 def total(words: jax.Array) -> Count:
@@ -93,13 +135,6 @@ def total(words: jax.Array) -> Count:
   halves = jnp.stack([words & 0xFFFF, words >> 16])
   low, high = jnp.sum(halves, axis=-1, keepdims=True, dtype=jnp.uint32)
   return widen(low) + Count(high >> 16, high << 16)
-
-
-def power_of_two(exponent: jax.Array) -> Count:
-  """2**exponent for a scalar integer below 64."""
-  bit = jnp.uint32(1) << (exponent % 32).astype(jnp.uint32)
-  none = jnp.zeros_like(bit)
-  return where(exponent < 32, Count(none, bit), Count(bit, none))
 
 
 @jax.jit
@@ -125,6 +160,30 @@ def count_true(*predicates: jax.Array) -> tuple[jax.Array, ...]:
     )
   )
   return tuple(sums[: len(predicates)])
+
+
+def count_less(values: jax.Array, numbers: jax.Array) -> tuple[jax.Array, ...]:
+  """How many entries are less than each number, and the smallest that is not less than the first.
+
+  Args:
+    values: unsigned integers, fewer than 2**32.
+    numbers: a vector of the same type.
+
+  Returns:
+    A count for each, and an entry, or the largest number of its type if there is none.
+  """
+  values = jnp.atleast_1d(values)
+  largest = np.iinfo(values.dtype).max
+  operands = [(values < number).astype(jnp.uint32) for number in numbers]
+  operands.append(jnp.where(values < numbers[0], values.dtype.type(largest), values))
+  return tuple(
+    lax.reduce(
+      operands,
+      [np.uint32(0)] * len(numbers) + [values.dtype.type(largest)],
+      lambda a, b: (*(x + y for x, y in zip(a[:-1], b[:-1])), jnp.minimum(a[-1], b[-1])),
+      tuple(range(values.ndim)),
+    )
+  )
 
 
 def rounded_pruned(sparsity: jax.Array, sizes: np.ndarray) -> Count:

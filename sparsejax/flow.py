@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import arguments, counts, scoring, selection
+from sparsejax import arguments, counts, ordinals, scoring, selection
 from sparsejax import masks as masks_lib
 from sparsejax.allocation import Allocation, Sparsity
 from sparsejax.masks import Prunable, PyTree, is_kernel
@@ -175,14 +175,14 @@ def _scores_of(
     ValueError: if inputs or outputs are not floating-point arrays, or if `apply_fn` fails.
   """
   for name, x in masks_lib.leaves_by_name(inputs).items():
-    if jnp.result_type(x) not in selection.FLOATS:
+    if jnp.result_type(x) not in ordinals.FLOATS:
       raise ValueError(
         f"SynFlow needs floating-point inputs, but {name or 'they'} have dtype"
         f" {jnp.result_type(x)}: pass ones in place of indices, after any embedding."
       )
   function = scoring.for_widened(apply_fn, "the network", params)
   outputs = jax.eval_shape(function, jax.eval_shape(scoring.widened, params), inputs)
-  if not isinstance(outputs, jax.ShapeDtypeStruct) or outputs.dtype not in selection.FLOATS:
+  if not isinstance(outputs, jax.ShapeDtypeStruct) or outputs.dtype not in ordinals.FLOATS:
     raise ValueError(
       "the network must return its outputs, a floating-point array, but it returned"
       f" {scoring.describe(outputs)}: leave anything else out in `apply_fn`."

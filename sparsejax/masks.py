@@ -48,6 +48,12 @@ def apply_masks(tree: PyTree, masks: PyTree) -> PyTree:
   return jax.tree.map(lambda m, x: jnp.where(m, x, jnp.zeros_like(x)), masks, tree)
 
 
+def where(mask: jax.Array, x: Any, y: Any) -> jax.Array:
+  """`jnp.where`, faster for masks."""
+  # XLA's CPU backend selects by bytes nearly twice as fast as by booleans.
+  return jnp.where(mask.astype(jnp.uint8) != 0, x, y)
+
+
 def sparsity(masks: PyTree, prunable: Prunable = is_kernel) -> jax.Array:
   """The pruned fraction of the weights that may be pruned.
 

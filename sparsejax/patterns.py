@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import arguments, counts, selection
+from sparsejax import arguments, counts, ordinals
 from sparsejax import masks as masks_lib
 from sparsejax.counts import Count
 from sparsejax.masks import Prunable, PyTree, is_kernel
@@ -117,7 +117,7 @@ class NM(Pattern):
     return shape
 
   def exempt(self, scores: jax.Array, active: jax.Array | None) -> jax.Array:
-    keys = selection.ordinal(scores)
+    keys = ordinals.ordinal(scores)
     if active is not None:
       keys = jnp.where(active, keys, keys.dtype.type(0))
     # As where weights are pruned: of equal ones, the last stay.
@@ -142,7 +142,7 @@ class NM(Pattern):
 
   def regrown(self, scores: jax.Array, dropped: jax.Array, candidates: jax.Array) -> jax.Array:
     """Selects in each group as many candidates of lowest score as were dropped in it."""
-    keys = selection.ordinal(scores)
+    keys = ordinals.ordinal(scores)
     keys = jnp.where(candidates, keys, keys.dtype.type(np.iinfo(keys.dtype).max))
     rank = self._rank(
       keys, lambda other, own, is_before: (other < own) | (other == own) & is_before

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import counts, criteria, selection
+from sparsejax import counts, criteria, ordinals, selection
 from sparsejax import masks as masks_lib
 from sparsejax.allocation import Allocation
 from sparsejax.counts import Count
@@ -281,7 +281,7 @@ def _scores(
       if callable(score):
         raise ValueError(f"{criterion} returns a function, not scores: call it first.")
       score = jnp.asarray(score)
-    if score.shape != leaf.weight.shape or score.dtype not in selection.FLOATS:
+    if score.shape != leaf.weight.shape or score.dtype not in ordinals.FLOATS:
       raise ValueError(
         "a criterion must return one floating-point score for each weight, got"
         f" {score.dtype}{list(score.shape)} for {masks_lib.path_name(path)!r} of shape"

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import masks as masks_lib
-from sparsejax import selection
+from sparsejax import ordinals
 from sparsejax.masks import PyTree
 
 
 def check_params(params: PyTree) -> None:
   """Raises a ValueError if a parameter is not floating-point."""
   for name, leaf in masks_lib.leaves_by_name(params).items():
-    if jnp.result_type(leaf) not in selection.FLOATS:
+    if jnp.result_type(leaf) not in ordinals.FLOATS:
       raise ValueError(
         f"parameters must be floating-point arrays, but {name!r} has dtype"
         f" {jnp.result_type(leaf)}: leave it out, and let the function close over it."
@@ -62,7 +62,7 @@ def loss_for_widened(
   def checked(weights, batch):
     loss = loss_fn(weights, batch)
     is_leaf = jax.tree.structure(loss) == jax.tree.structure(0)  # None is none.
-    if not is_leaf or np.ndim(loss) or jnp.result_type(loss) not in selection.FLOATS:
+    if not is_leaf or np.ndim(loss) or jnp.result_type(loss) not in ordinals.FLOATS:
       raise ValueError(
         f"the loss must be one floating-point number, but it returned {describe(loss)}: take the"
         " mean over the examples, and return nothing else."

@@ -1,13 +1,13 @@
 """Exactly the k smallest scores of a pytree: stable, sharded, without sorting.
 
 The scores' bit patterns, mapped to integers in the order of the values, are followed by their
-positions in the tree, which cut ties: one long number for each weight, all different. The number
-that k others are less than is found two bits at a time, from the highest. Each step is one pass
-over the scores that counts and writes nothing; the bits of the position are reached only if there
-is a tie to cut.
+positions in the tree, which cut ties: one long number for each weight, all different. Which of them
+k others are less than is found by passes over the scores that count and write nothing; positions
+are looked at only if there is a tie to cut.
 """
 
 import functools
+import math
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sparsejax import counts
 from sparsejax.counts import Count
-from sparsejax.masks import PyTree
-
-_UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
-FLOATS = tuple(jnp.dtype(t) for t in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64))
+from sparsejax.masks import PyTree, where
+from sparsejax.ordinals import FLOATS, UNSIGNED, ordinal, widened
+from sparsejax.search import search
 
 
 def select_smallest(scores: PyTree, k: Any, *, among: PyTree | None = None) -> PyTree:
@@ -110,10 +110,10 @@ def _count_of(k: Any, treedef) -> Count:
   return jax.tree.map(lambda *words: jnp.stack(words), *parts)
 
 
-def _at_most_all(k: Count, arrays: Sequence[jax.Array]) -> Count:
-  """The counts, but no more than there are entries."""
+def _total(arrays: Sequence[jax.Array], k: Count) -> Count:
+  """How many entries there are in all, or in each array if there is a count for each."""
   sizes = [array.size for array in arrays]
-  return counts.minimum(k, counts.from_ints([sum(sizes)] if k.low.shape[0] == 1 else sizes))
+  return counts.from_ints([sum(sizes)] if k.low.shape[0] == 1 else sizes)
 
 
 @functools.partial(jax.jit, static_argnames="score")
@@ -139,66 +139,74 @@ def select(
   """
   if not values:
     return []
-  sizes = [v.size for v in values]
   pooled = k.low.shape[0] == 1
+  sizes = [v.size for v in values]
+  offsets = np.cumsum([0, *sizes[:-1]]) if pooled else np.zeros(len(sizes))
+  order = _balanced(sorted(range(len(sizes)), key=lambda i: -sizes[i]))
+  values, offsets = ([each[i] for i in order] for each in (values, offsets))
+  active = [None] * len(values) if active is None else [active[i] for i in order]
+  k = k if pooled else k[np.array(order)]
   dtype = jnp.result_type(*(v.dtype for v in values))
-  key_type = _UNSIGNED[dtype.itemsize]
+  key_type = UNSIGNED[dtype.itemsize]
   word_type = np.promote_types(key_type, np.uint32)
-  largest = np.array(np.iinfo(word_type).max, word_type)
-  offsets = counts.from_ints(np.cumsum([0, *sizes[:-1]]) if pooled else [0] * len(sizes))
-  active = [None] * len(values) if active is None else list(active)
+  largest = word_type.type(np.iinfo(word_type).max)
+  is_small = key_type != np.uint64 and sum(sizes) < 2**32
+  k, offsets, total = (
+    c.in_one_word(is_small)
+    for c in (counts.minimum(k, _total(values, k)), counts.from_ints(offsets), _total(values, k))
+  )
+
+  def key_of(array, mask):
+    key = ordinal(widened(score(array), dtype))
+    return key if mask is None else where(mask, key, key_type(0))
 
   def in_each(test, *vectors):
-    """For each array, what `test` says of its keys and positions, given a scalar of each vector."""
+    """For each array, what `test` says of its keys and positions, given its entries of vectors."""
+    # An array's own entries are read from vectors that all have: so arrays that are alike share one
+    # compiled kernel.
+    indices = [np.array([i, 0], np.int32) for i in range(len(values))]
     # Tied to the loop's own variables, so that XLA computes keys and positions in each pass instead
     # of hoisting them out of the loop, into memory.
-    arrays, masks, vectors = lax.optimization_barrier((list(values), active, vectors))
+    arrays, masks, indices, vectors = lax.optimization_barrier((values, active, indices, vectors))
 
     @jax.jit  # Arrays that are alike are traced once.
-    def in_one(array, mask, *scalars):
-      key = ordinal(_widened(score(array), dtype))
-      if mask is not None:
-        key = jnp.where(mask, key, key_type(0))
-      return test(key, _positions(key, scalars[0].astype(jnp.uint32)), *scalars)
+    def in_one(array, mask, index, *vectors):
+      entries = [
+        v[..., 0] if v.shape[-1] == 1 else lax.dynamic_index_in_dim(v, index[0], -1, keepdims=False)
+        for v in vectors
+      ]
+      key = key_of(array, mask)
+      return test(key, _positions(key, entries[0].astype(jnp.uint32)), *entries)
 
-    return [
-      in_one(array, mask, *(v[0] if v.shape[0] == 1 else v[i] for v in vectors))
-      for i, (array, mask) in enumerate(zip(arrays, masks))
-    ]
+    return [in_one(*of_array, *vectors) for of_array in zip(arrays, masks, indices)]
 
   def in_arrays(place):
     """A place in the tree as a position in each array."""
-    position = place - offsets
-    return jnp.where(position.high > 0, np.uint32(2**32 - 1), position.low)
+    return (place - offsets).clipped()
 
-  def count_before(by_key, bound, numbers):
-    """By key: how many are less than each number. Else: of those that equal the bound, how many lie
-    before each number as a place."""
-    numbers = [
-      jnp.where(by_key, _word(n, word_type), in_arrays(n).astype(word_type)) for n in numbers
-    ]
+  def count_before(by_key, bound, guesses):
+    """As `search` wants it."""
+    numbers = jnp.where(by_key, _word(guesses, word_type), in_arrays(guesses).astype(word_type))
 
-    def test(key, position, by_key, bound, *numbers):
+    def test(key, position, by_key, bound, numbers):
       place = jnp.where(key == bound, position.astype(word_type), largest)
-      number = jnp.where(by_key, key.astype(word_type), place)
-      return counts.count_true(*(number < n for n in numbers))
+      return counts.count_less(jnp.where(by_key, key.astype(word_type), place), numbers)
 
-    found = in_each(test, by_key[None], _word(bound, key_type), *numbers)
-    words = jnp.stack([jnp.stack(of_number) for of_number in zip(*found)])
-    return counts.total(words) if pooled else counts.widen(words)
+    *found, least = map(jnp.stack, zip(*in_each(test, by_key, _word(bound, key_type), numbers)))
+    found = (counts.total if pooled else counts.widen)(jnp.stack(found))
+    least = counts.widen(jnp.min(least, keepdims=True) if pooled else least)
+    return found.in_one_word(is_small), least.in_one_word(is_small)
 
-  bound, place = _search(
-    count_before,
-    _at_most_all(k, values),
-    key_bits=8 * dtype.itemsize,
-    place_bits=(sum(sizes) if pooled else max(sizes)).bit_length(),
-  )
+  masks = None if active[0] is None else _samples(active, pooled)
+  sample = key_of(_samples(values, pooled), masks)
+  bound, place = search(count_before, k, total, jnp.sort(sample))
 
   def comes_before(key, position, bound, end):
     return (key < bound) | ((key == bound) & (position < end))
 
   before = in_each(comes_before, _word(bound, key_type), in_arrays(place))
-  return [b if mask is None else b | ~mask for b, mask in zip(before, active)]
+  before = [b if mask is None else b | ~mask for b, mask in zip(before, active)]
+  return [before[order.index(i)] for i in range(len(order))]
 
 
 @functools.partial(jax.jit, static_argnames="score")
@@ -227,99 +235,50 @@ def select_among(
   before = counts.from_ints([v.size for v in values]) - count
   if k.low.shape[0] == 1:
     before = counts.total(before.low)
-  selected = select(values, _at_most_all(k, values) + before, active=candidates, score=score)
+  k = counts.minimum(k, _total(values, k)) + before
+  selected = select(values, k, active=candidates, score=score)
   return [s & c for s, c in zip(selected, candidates)]
 
 
-def _search(
-  count_before: Callable[[jax.Array, Count, Sequence[Count]], Count],
-  k: Count,
-  *,
-  key_bits: int,
-  place_bits: int,
-) -> tuple[Count, Count]:
-  """The largest pair of a bound and a place that at most k weights come before.
+def _balanced(items: list[Any]) -> list[Any]:
+  """Sorted items so that each half, quarter and so on has large ones and small ones.
 
-  Those come before it whose key is less than the bound, or equals it and lies before the place. The
-  pair is found two bits at a time from the highest bit of the bound to the lowest of the place, or
-  to where exactly k weights come before, whether or not it is the largest then.
+  XLA's CPU backend gives its threads halves of what can be computed at once, by their number.
+  """
+  return items if len(items) < 3 else _balanced(items[::2]) + _balanced(items[1::2])
 
-  Args:
-    count_before: takes whether the bound is still to be found, the bound so far, and three vectors
-      of numbers to be tried as the bound, or else as the place; returns how many keys are less than
-      each, or else how many keys equal the bound and lie before each, as three rows.
-    k: a vector.
-    key_bits: of the bound, an even number.
-    place_bits: of the place.
+
+def _samples(arrays: Sequence[jax.Array], pooled: bool) -> jax.Array:
+  """Some entries of all arrays together, or of each; of equally large arrays at the same positions.
 
   Returns:
-    The vectors of bounds and of places.
+    At least one row. # shape=(1 or len(arrays), any)
   """
-  nothing = counts.widen(jnp.zeros_like(k.low))
-  place_bits += place_bits % 2
+  total = max(sum(x.size for x in arrays), 1)
+  number = int(np.clip(total // 512, 256, 2**13))
+  numbers = [number * x.size / total if pooled else number / len(arrays) for x in arrays]
+  dtype = jnp.result_type(*(x.dtype for x in arrays))
+  found = [_entries(x, math.ceil(n)).astype(dtype) for x, n in zip(arrays, numbers)]
+  return jnp.concatenate(found)[None] if pooled else jnp.stack(found)
 
-  def unfinished(carry):
-    shift, _, _, before, _ = carry
-    return (shift >= 0) & ~jnp.all(before.equals(k))
 
-  def find_two_bits(carry):
-    shift, bound, place, before, less = carry
-    by_key = shift >= place_bits
-    number = counts.where(by_key, bound, place)
-    step = counts.power_of_two(jnp.where(by_key, shift - place_bits, shift))
-    larger = [number + step]
-    larger.append(larger[0] + step)
-    larger.append(larger[1] + step)
-    found = count_before(by_key, bound, larger)
-    for i, candidate in enumerate(larger):
-      total = less + found[i]
-      fits = total <= k
-      number = counts.where(fits, candidate, number)
-      before = counts.where(fits, total, before)
-    bound = counts.where(by_key, number, bound)
-    place = counts.where(by_key, place, number)
-    # At the last bits of the bound, the keys that are less than it have all been counted.
-    less = counts.where(shift == place_bits, before, less)
-    return shift - 2, bound, place, before, less
-
-  start = (jnp.int32(key_bits + place_bits - 2), nothing, nothing, nothing, nothing)
-  _, bound, place, _, _ = lax.while_loop(unfinished, find_two_bits, start)
-  return bound, place
+@functools.partial(jax.jit, static_argnames="number")
+def _entries(x: jax.Array, number: int) -> jax.Array:
+  """So many entries, evenly spread, on each device."""
+  if not x.size:
+    return jnp.zeros([number], x.dtype)
+  # Multiples of the golden ratio fall in step with no axis.
+  places = np.arange(number) * (5**0.5 - 1) / 2 % 1 * x.size
+  x = jnp.atleast_1d(x)
+  index = tuple(i.astype(np.int32) for i in np.unravel_index(places.astype(np.int64), x.shape))
+  everywhere = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(None))
+  return x.at[index].get(mode="promise_in_bounds", out_sharding=everywhere)
 
 
 def _word(count: Count, dtype) -> jax.Array:
   if np.dtype(dtype).itemsize <= 4:
     return count.low.astype(dtype)
   return (count.high.astype(dtype) << 32) | count.low.astype(dtype)
-
-
-def ordinal(scores: jax.Array) -> jax.Array:
-  """Unsigned integers in the order of the scores; both zeros are one, all NaN are the largest."""
-  unsigned = _UNSIGNED[scores.dtype.itemsize]
-  bits = lax.bitcast_convert_type(scores, unsigned)
-  sign = unsigned(1 << (scores.dtype.itemsize * 8 - 1))
-  infinity = np.asarray(np.inf, scores.dtype).view(unsigned)[()]
-  magnitude = bits & (sign - unsigned(1))
-  negative = (bits >= sign) & (magnitude <= infinity)
-  magnitude = jnp.minimum(magnitude, infinity + unsigned(1))
-  return jnp.where(negative, sign - magnitude, sign + magnitude)
-
-
-def _widened(scores: jax.Array, dtype) -> jax.Array:
-  """Scores in a wider type with their exact values, also where the backend flushes denormals."""
-  if scores.dtype == dtype:
-    return scores
-  if scores.dtype == jnp.bfloat16:
-    bits = lax.bitcast_convert_type(scores, jnp.uint16).astype(jnp.uint32) << 16
-    return _widened(lax.bitcast_convert_type(bits, jnp.float32), dtype)
-  info = jnp.finfo(scores.dtype)
-  unsigned = _UNSIGNED[scores.dtype.itemsize]
-  bits = lax.bitcast_convert_type(scores, unsigned)
-  magnitude = bits & unsigned(2 ** (info.bits - 1) - 1)
-  smallest = np.asarray(info.smallest_subnormal, dtype)
-  tiny = magnitude.astype(dtype) * smallest
-  tiny = jnp.where(bits == magnitude, tiny, -tiny)
-  return jnp.where(magnitude < 2**info.nmant, tiny, scores.astype(dtype))
 
 
 def _positions(x: jax.Array, anything: jax.Array) -> jax.Array:

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import arguments, packing, selection
+from sparsejax import arguments, ordinals, packing
 from sparsejax import masks as masks_lib
 from sparsejax.lanes import in_any_lane
-from sparsejax.masks import Prunable, PyTree, is_kernel, is_masked_node
+from sparsejax.masks import Prunable, PyTree, is_kernel, is_masked_node, where
 from sparsejax.moments import map_moments
 from sparsejax.state import MaskedUpdatesState
 
@@ -219,7 +219,7 @@ def masked_updates(
     masks, survivors = load(found), load(survivors)
     if inner is not None and moments != "kept":
       inner_state = map_moments(
-        lambda x, x0, m, s: _where(s if moments == "masked" else s | ~m, x, x0),
+        lambda x, x0, m, s: where(s if moments == "masked" else s | ~m, x, x0),
         inner_state,
         inner.init(params),
         masks,
@@ -233,9 +233,9 @@ def masked_updates(
       if skip_step:
         updates, inner_state = _select(is_due, nothing, (updates, inner_state))
       # What grows starts at zero, whatever its value was.
-      updates = _map_masked(lambda s, u, p: _where(s, u, u - p), survivors, updates, params)
+      updates = _map_masked(lambda s, u, p: where(s, u, u - p), survivors, updates, params)
     if not keep_weights:
-      updates = _map_masked(lambda m, u, p: _where(m, u, -p), may_move, updates, params)
+      updates = _map_masked(lambda m, u, p: where(m, u, -p), may_move, updates, params)
     return updates, MaskedUpdatesState(
       optax.safe_increment(state.count), found, state.key, inner_state, statistics
     )
@@ -254,7 +254,7 @@ def check_prunable(params: PyTree, masks: PyTree) -> None:
   pool = masks_lib.pick(masks, params, "the masks", "the parameters")
   for path, p in jax.tree_util.tree_leaves_with_path(pool):
     name = masks_lib.path_name(path)
-    if p.dtype not in selection.FLOATS:
+    if p.dtype not in ordinals.FLOATS:
       raise ValueError(
         f"{name!r} has dtype {p.dtype}, but only floating-point weights can be pruned: exclude it"
         " by `prunable`."
@@ -338,14 +338,9 @@ def _map_masked(function: Callable[..., jax.Array], masks: PyTree, tree: PyTree,
 
 
 def _zero_unless(x: jax.Array, mask: jax.Array) -> jax.Array:
-  return _where(mask, x, jnp.zeros_like(x))
+  return where(mask, x, jnp.zeros_like(x))
 
 
 def _select(condition: jax.Array, tree: PyTree, other: PyTree) -> PyTree:
   """One of two trees."""
   return jax.tree.map(lambda x, y: jnp.where(condition, x, y), tree, other)
-
-
-def _where(mask: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-  # XLA's CPU backend selects by bytes nearly twice as fast as by booleans.
-  return jnp.where(mask.astype(jnp.uint8) != 0, x, y)

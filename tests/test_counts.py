@@ -17,7 +17,7 @@ integers = words | edges
 
 
 def to_int(count):
-  return (int(count.high) << 32) | int(count.low)
+  return (0 if count.high is None else int(count.high) << 32) | int(count.low)
 
 
 @given(integers, integers)
@@ -31,9 +31,46 @@ def test_arithmetic_is_that_of_64_bit_integers(a, b):
   assert to_int(x.halved()) == a // 2
 
 
-@pytest.mark.parametrize("exponent", [0, 1, 31, 32, 33, 63])
-def test_powers_of_two_cross_the_word(exponent):
-  assert to_int(jax.jit(counts.power_of_two)(jnp.int32(exponent))) == 2**exponent
+@given(st.integers(0, 2**31), st.integers(0, 2**31), st.booleans(), st.booleans())
+def test_in_one_word_arithmetic_is_the_same(a, b, first, second):
+  x, y = counts.from_ints(a).in_one_word(first), counts.from_ints(b).in_one_word(second)
+  results = [x + y, x - y, x.halved(), counts.minimum(x, y)]
+  assert [to_int(each) for each in results] == [a + b, max(a - b, 0), a // 2, min(a, b)]
+  assert all((each.high is None) == (first and second) for each in [x + y, x - y])
+  assert bool(x <= y) == (a <= b)
+  assert bool(x.equals(y)) == (a == b)
+  assert float(x.to_float()) == np.float32(a)
+  assert int(x.clipped()) == a
+
+
+def test_numbers_beyond_a_word_are_clipped_to_the_largest():
+  assert int(counts.from_ints(2**40).clipped()) == 2**32 - 1
+
+
+@given(integers, integers)
+def test_the_smaller_and_the_larger_are_those_of_integers(a, b):
+  x, y = counts.from_ints(a), counts.from_ints(b)
+  assert to_int(counts.minimum(x, y)) == min(a, b)
+  assert to_int(counts.maximum(x, y)) == max(a, b)
+  both = counts.stack([x, y])
+  assert [to_int(both[0]), to_int(both[1])] == [a, b]
+
+
+@given(st.floats(0, 2.0**64 - 2.0**40, width=32))
+def test_floats_lose_their_fractions_and_nothing_else(value):
+  assert to_int(counts.from_floats(jnp.float32(value))) == int(value)
+
+
+@pytest.mark.parametrize("value", [2.0**64, 1e30, np.inf])
+def test_floats_beyond_all_counts_are_nearly_the_largest(value):
+  assert to_int(counts.from_floats(jnp.float32(value))) == 2**64 - 2**40
+
+
+def test_words_of_any_width_are_widened():
+  assert to_int(counts.widen(jnp.uint16(2**16 - 1))) == 2**16 - 1
+  assert to_int(counts.widen(jnp.uint32(2**32 - 1))) == 2**32 - 1
+  with jax.enable_x64(True):
+    assert to_int(counts.widen(jnp.uint64(2**63 + 5))) == 2**63 + 5
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5))
@@ -65,9 +102,26 @@ def test_true_entries_are_counted_in_arrays_of_any_rank(shape, predicates):
   assert list(map(int, got)) == [a.sum() for a in arrays]
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 5), (2, 3, 4, 5)])
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_entries_less_than_numbers_are_counted_and_the_next_one_is_found(shape, dtype):
+  largest = np.iinfo(dtype).max
+  values = np.random.default_rng(0).integers(3, 9, shape).astype(dtype)
+  for first in (0, 5, 9, largest):
+    *found, least = counts.count_less(jnp.asarray(values), jnp.asarray([first, 6, 8], dtype))
+    assert list(map(int, found)) == [(values < number).sum() for number in (first, 6, 8)]
+    assert least.dtype == dtype
+    assert int(least) == values.min(where=values >= first, initial=largest)
+
+
 def test_counting_writes_nothing_to_memory():
   mask = jax.ShapeDtypeStruct((512, 4096), jnp.bool_)
-  for function in (counts.count_true, lambda m: counts.count_true(~m)):
+  numbers = jnp.arange(3, dtype=jnp.uint32)
+  for function in (
+    counts.count_true,
+    lambda m: counts.count_true(~m),
+    lambda m: counts.count_less(m.astype(jnp.uint32), numbers),
+  ):
     compiled = jax.jit(function).lower(mask).compile(compiling.AS_USERS)
     assert compiled.memory_analysis().temp_size_in_bytes < 0.01 * 512 * 4096
 

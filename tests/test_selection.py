@@ -454,15 +454,15 @@ def equations(jaxpr):
         yield from equations(node)
 
 
-def forbidden(function, *args):
-  """The sorts, prefix sums and large concatenations in a function's jaxpr."""
+def forbidden(function, *args, sample=0):
+  """The sorts, prefix sums and concatenations in a function's jaxpr, of more than a sample."""
   leaves = len(jax.tree.leaves(args[0]))
   found = []
   for equation in equations(jax.make_jaxpr(function)(*args)):
     name, size = equation.primitive.name, max(var.aval.size for var in equation.outvars)
-    if name in ("sort", "cumsum") or "top_k" in name:
+    if size > sample and (name in ("sort", "cumsum") or "top_k" in name):
       found.append(name)
-    if name == "concatenate" and size > 64 * leaves:
+    if name == "concatenate" and size > max(sample, 64 * leaves):
       found.append(f"{name} of {size}")
   return found
 
@@ -491,14 +491,15 @@ def test_a_change_of_masks_reads_each_leaf_in_one_place_of_one_loop():
 
 @pytest.mark.parametrize("among", [False, True], ids=["all", "among"])
 @pytest.mark.parametrize("kind", ["static", "traced", "tree"])
-def test_the_selection_neither_sorts_nor_concatenates(kind, among):
+def test_the_selection_neither_sorts_nor_concatenates_more_than_a_sample(kind, among):
+  sample = 256 + 3  # Of each leaf rounded up.
   scores = {"a": jnp.ones((64, 64)), "b": jnp.ones((4096,), jnp.bfloat16), "c": jnp.ones((8, 600))}
   candidates = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), scores) if among else None
   if kind == "static":
-    found = forbidden(lambda s, m: _unjitted(s, 3, m), scores, candidates)
+    found = forbidden(lambda s, m: _unjitted(s, 3, m), scores, candidates, sample=sample)
   else:
     k = jnp.int32(3) if kind == "traced" else jax.tree.map(lambda _: jnp.int32(3), scores)
-    found = forbidden(_unjitted, scores, k, candidates)
+    found = forbidden(_unjitted, scores, k, candidates, sample=sample)
   assert not found
 
 
@@ -666,8 +667,8 @@ def test_the_unjitted_call_works_on_sharded_scores(mesh):
   assert_same(masks, reference.select_smallest(scores, 5000))
 
 
-def test_only_counts_travel_between_devices(mesh):
+def test_only_counts_and_a_sample_travel_between_devices(mesh):
   device = sharded(wide_tree(), mesh)
   sizes = [size for _, size in hlo.bytes_between_devices(select.lower(device, 5000).compile())]
   assert sizes
-  assert max(sizes) <= 256
+  assert max(sizes) <= 4 * 256
