@@ -93,8 +93,8 @@ def least_traffic(row: Row) -> list[tuple[str, list[float], int]]:
 
 def most_sent(row: Row) -> int:
   """Bytes that a mask update leaves on a device, if it takes as many passes as it can."""
-  # Each pass finds two bits of a score, or of a place among ties.
-  passes = 8 * FLOAT // 2 + math.ceil(row["weights"].bit_length() / 2)
+  # As many as a score has bits, and a place among ties.
+  passes = 8 * FLOAT + row["weights"].bit_length()
   return row["sent"]["once"] + passes * row["sent"]["each_pass"]
 
 

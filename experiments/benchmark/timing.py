@@ -11,16 +11,24 @@ from jax.experimental.compilation_cache import compilation_cache
 
 # A turn of a short function is made up of as many calls as take so many seconds.
 _TURN = 0.05
-# A function that is called for longer than so many seconds in all takes part in fewer rounds.
+# A function that would be called for longer than so many seconds in all has fewer rounds.
 _LIMIT = 10.0
 _COMPILATION_LIMIT = 4.0
 
 
-def take_turns(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def take_turns(
+  functions: Mapping[str, Callable[[], Any]], rounds: int, limit: float = _LIMIT
+) -> dict[str, list[float]]:
   """The time of a call of each function in each round, in seconds.
 
   In a round each function has a turn, so that what disturbs the machine for a while disturbs all of
-  them. Functions that take very long have only the first rounds, but two of them at least.
+  them; every other round goes backwards, so that none always follows the same one.
+
+  Args:
+    functions: by name.
+    rounds: how many.
+    limit: seconds for each function; those that would take longer in all have only the first
+      rounds, but two of them at least.
   """
 
   def timed(function, repetitions):
@@ -37,8 +45,9 @@ def take_turns(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[
       first[name] = timed(function, 3)
   times: dict[str, list[float]] = {name: [] for name in functions}
   for done in range(rounds):
-    for name, function in functions.items():
-      if done < max(2, _LIMIT / first[name]):
+    turns = list(functions.items())
+    for name, function in turns[::-1] if done % 2 else turns:
+      if done < max(2, limit / first[name]):
         times[name].append(timed(function, max(1, math.ceil(_TURN / first[name]))))
   return times
 
