@@ -144,18 +144,17 @@ def drop_and_grow(
     pool = counts.total(active) if drop_globally else counts.widen(active)
     part = jnp.broadcast_to(jnp.float32(fraction(call.count)), pool.low.shape)
     number = counts.share(part, pool, rounding)
-    ranked = _ranked("drop", drop, call, number, pattern=pattern)
+    ranked = _ranked("drop", drop, call, number, pattern=pattern, among_active=True)
     dropped = selection.select_among(
       **ranked, k=number, candidates=masks, count=counts.widen(active)
     )
-    kept = [m & ~d for m, d in zip(masks, dropped)]
     if drop_globally:
-      number = counts.widen(active - jnp.stack([masks_lib.count_kept(k) for k in kept]))
+      number = counts.widen(jnp.stack([counts.count_true(d)[0] for d in dropped]))
     capacity = counts.from_ints([m.size for m in masks]) - counts.widen(active) + number
     if redistribute is not None:
       shares = jnp.stack([jnp.float32(redistribute(leaf)) for leaf in _leaves(call)])
       number = shared_out(number, capacity, shares)
-    candidates = [~k for k in kept]
+    candidates = [d | ~m for m, d in zip(masks, dropped)]
     if not grows_by_moments:
       call = call._replace(inner=None)
     if call.key is not None:
@@ -171,7 +170,7 @@ def drop_and_grow(
       chance = number.to_float() / jnp.maximum(capacity.to_float(), 1)
       uniform = _scores("grow", grow, call, number)
       grown = [c & (u >= 1 - p) for c, u, p in zip(candidates, uniform, chance)]
-    return _spread(pattern, [k | g for k, g in zip(kept, grown)], call.params)
+    return _spread(pattern, [g | ~c for g, c in zip(grown, candidates)], call.params)
 
   return stage
 
@@ -220,6 +219,7 @@ def _ranked(
   *,
   pattern: Pattern,
   highest: bool = False,
+  among_active: bool = False,
 ) -> dict[str, Any]:
   """Arguments for a selection: values, and a score of them whose lowest are to be chosen."""
   if pattern != SINGLE:
@@ -227,7 +227,8 @@ def _ranked(
     return dict(values=[pattern.pool(ranked["score"](v)) for v in ranked["values"]])
   if criterion is criteria.magnitude or (criterion is criteria.gradient and call.grad is not None):
     # Such scores are exact, so that they need not be written to memory.
-    values = call.params if criterion is criteria.magnitude else call.grad
+    weights = call.unmasked if among_active else call.params
+    values = weights if criterion is criteria.magnitude else call.grad
     return dict(values=jax.tree.leaves(values), score=_negative_abs if highest else jnp.abs)
   values = _scores(role, criterion, call, number)
   return dict(values=values, score=jnp.negative if highest else jnp.positive)

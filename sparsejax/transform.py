@@ -34,6 +34,8 @@ class Call(NamedTuple):
     key: a random key of this call's own, or None if the transformation has none.
     inner: the state of the inner optimizer, before or after the step as the weights are, or None.
     statistics: those of the rule, this call's included.
+    unmasked: the weights with those that earlier stages of the rule have pruned in this call, which
+      are zero in `params`: what looks at active weights alone needs no copy with the zeros.
   """
 
   count: jax.Array
@@ -43,6 +45,7 @@ class Call(NamedTuple):
   key: jax.Array | None
   inner: PyTree = None
   statistics: PyTree = None
+  unmasked: PyTree = None
 
 
 class Rule(NamedTuple):
@@ -299,7 +302,7 @@ def _changed(
   """
 
   def changed():
-    now = call._replace(masks=load(stored))
+    now = call._replace(masks=load(stored), unmasked=call.params)
     found = []
     for stage in stages:
       masks = stage(now)

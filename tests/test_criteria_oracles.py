@@ -367,7 +367,7 @@ def test_growth_is_that_of_granet_and_fantastic_weights(method, criterion, momen
 
 
 def change(stage, weights, masks, gradients):
-  return stage(Call(jnp.int32(0), weights, masks, gradients, None))
+  return stage(Call(jnp.int32(0), weights, masks, gradients, None, unmasked=weights))
 
 
 @pytest.mark.parametrize("case", GROWTH)

@@ -121,11 +121,12 @@ def test_a_mask_update_on_eight_devices_gives_the_masks_of_one_and_sends_counts_
   assert bool(sent) == (sharding != "data-parallel")
   # A sample is one weight in 512.
   assert max([size for _, size in sent], default=0) <= 4 * POOL / 512, sent
-  if name in ("progressive", "erk"):
-    # Scores that are written, gradients and moments are another matter.
+  # Scores that are written, and moments, are another matter. GraNet has masks between its stages.
+  most = {"progressive": 0.1, "erk": 0.1, "rigl": 0.1, "granet": 1.6}
+  if name in most:
     local = sum(leaf.addressable_shards[0].data.size for leaf in params.values())
     sample = 12 * POOL / 512  # Weights, masks, and keys in and out of order, on each device.
-    assert update.memory_analysis().temp_size_in_bytes <= 0.1 * local + sample
+    assert update.memory_analysis().temp_size_in_bytes <= most[name] * local + sample
 
 
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
