@@ -2,8 +2,8 @@
 
 A sorted sample says where to begin. Each pass over all weights then counts what comes before three
 guesses, and the next three lie close to where the number would be if the weights between the two
-nearest were evenly spread, as most are: a pass leaves about the square root of what the pass before
-it had left. Where they are not, quartering guarantees an end.
+nearest were evenly spread, as many are: then a pass leaves about the square root of what the pass
+before it had left. Where they are not, a pass tells equal weights from others, and leaves a third.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ class _Bracket(NamedTuple):
     before_low: how many do.
     high: a larger one that more than k come before.
     before_high: how many do.
-    shrank: whether the distance from low to high has become less than half of it.
+    shrank: whether the last pass left at most half of the weights between low and high.
   """
 
   by_key: jax.Array
@@ -97,7 +97,7 @@ def search(
   def narrow(carry):
     b, guesses = carry
     found, least = count_before(b.by_key, b.bound, guesses)
-    found += b.less
+    found += b.less[None]
     low, before_low, high, before_high = b.low, b.before_low, b.high, b.before_high
     for i in range(3):
       is_closer = (found[i] <= k) & (low <= guesses[i])
@@ -109,7 +109,7 @@ def search(
       is_beyond = ~(found[i] <= k)
       high = counts.where(is_beyond, guesses[i], high)
       before_high = counts.where(is_beyond, found[i], before_high)
-    shrank = high - low <= (b.high - b.low).halved()
+    shrank = before_high - before_low <= (b.before_high - b.before_low).halved()
     # No number is left between them: all that come between are equal to low, and it is their places
     # that tell them apart.
     is_bound = b.by_key & (low + one).equals(high)
@@ -134,7 +134,7 @@ def _first_guesses(sample: jax.Array, k: Count, total: Count, one: Count, limit:
   size = sample.shape[-1]
   rank = k.to_float() / jnp.maximum(total.to_float(), 1) * size
   apart = _DEVIATIONS_OF_SAMPLE * jnp.sqrt(jnp.maximum(rank * (1 - rank / size), 0)) + 1
-  at = jnp.floor(rank + _SIDES * apart).astype(jnp.int32)
+  at = jnp.floor(rank[None] + _SIDES * apart[None]).astype(jnp.int32)
   inside = jnp.clip(at, 0, size - 1).T
   keys = jnp.take_along_axis(sample, inside, axis=1, mode="promise_in_bounds").T
   lower, middle, upper = (counts.widen(key).in_one_word(k.high is None) for key in keys)
@@ -150,8 +150,10 @@ def _guesses(b: _Bracket, k: Count) -> Count:
   between = jnp.maximum((b.before_high - b.before_low).to_float(), 1)
   part = ((k - b.before_low).to_float() + 0.5) / between
   apart = _DEVIATIONS * jnp.sqrt(jnp.maximum(part * (1 - part), 0) / between) + _UNEVENNESS
-  part = jnp.where(b.shrank, part, 0.5)
-  apart = jnp.where(b.shrank, apart, 0.25)
-  steps = distance * (part + _SIDES * apart) + _SIDES
-  steps = jnp.clip(steps, 1, jnp.maximum(distance - 1, 1))
-  return counts.minimum(b.low + counts.from_floats(steps).in_one_word(k.high is None), b.high)
+  close = distance[None] * (part[None] + _SIDES * apart[None]) + _SIDES
+  # Or else many may be equal to low: what is larger is told from them, and cut in thirds.
+  thirds = distance[None] * (_SIDES + 1) / 3
+  steps = jnp.where(b.shrank[None], close, thirds)
+  steps = jnp.clip(steps, 1, jnp.maximum(distance - 1, 1)[None])
+  guesses = b.low[None] + counts.from_floats(steps).in_one_word(k.high is None)
+  return counts.minimum(guesses, b.high[None])

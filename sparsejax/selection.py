@@ -150,7 +150,7 @@ def select(
   key_type = UNSIGNED[dtype.itemsize]
   word_type = np.promote_types(key_type, np.uint32)
   largest = word_type.type(np.iinfo(word_type).max)
-  is_small = key_type != np.uint64 and sum(sizes) < 2**32
+  is_small = key_type != np.uint64 and (not pooled or sum(sizes) < 2**32)
   k, offsets, total = (
     c.in_one_word(is_small)
     for c in (counts.minimum(k, _total(values, k)), counts.from_ints(offsets), _total(values, k))
@@ -162,9 +162,9 @@ def select(
 
   def in_each(test, *vectors):
     """For each array, what `test` says of its keys and positions, given its entries of vectors."""
-    # An array's own entries are read from vectors that all have: so arrays that are alike share one
-    # compiled kernel.
-    indices = [np.array([i, 0], np.int32) for i in range(len(values))]
+    # Vectors that all have, and an index that is read from memory (a single number would be part of
+    # the code): so arrays that are alike share one compiled kernel.
+    indices = [np.array([i, i], np.int32) for i in range(len(values))]
     # Tied to the loop's own variables, so that XLA computes keys and positions in each pass instead
     # of hoisting them out of the loop, into memory.
     arrays, masks, indices, vectors = lax.optimization_barrier((values, active, indices, vectors))
@@ -182,11 +182,12 @@ def select(
 
   def in_arrays(place):
     """A place in the tree as a position in each array."""
-    return (place - offsets).clipped()
+    return (place - offsets[None]).clipped()
 
   def count_before(by_key, bound, guesses):
     """As `search` wants it."""
-    numbers = jnp.where(by_key, _word(guesses, word_type), in_arrays(guesses).astype(word_type))
+    places = in_arrays(guesses).astype(word_type)
+    numbers = jnp.where(by_key[None], _word(guesses, word_type), places)
 
     def test(key, position, by_key, bound, numbers):
       place = jnp.where(key == bound, position.astype(word_type), largest)
@@ -204,7 +205,7 @@ def select(
   def comes_before(key, position, bound, end):
     return (key < bound) | ((key == bound) & (position < end))
 
-  before = in_each(comes_before, _word(bound, key_type), in_arrays(place))
+  before = in_each(comes_before, _word(bound, key_type), in_arrays(place[None])[0])
   before = [b if mask is None else b | ~mask for b, mask in zip(before, active)]
   return [before[order.index(i)] for i in range(len(order))]
 
@@ -249,13 +250,13 @@ def _balanced(items: list[Any]) -> list[Any]:
 
 
 def _samples(arrays: Sequence[jax.Array], pooled: bool) -> jax.Array:
-  """Some entries of all arrays together, or of each; of equally large arrays at the same positions.
+  """Some entries of all arrays together, or of each; of those that are alike at the same positions.
 
   Returns:
     At least one row. # shape=(1 or len(arrays), any)
   """
   total = max(sum(x.size for x in arrays), 1)
-  number = int(np.clip(total // 512, 256, 2**13))
+  number = min(int(np.clip(total // 512, 256, 2**13)), total)
   numbers = [number * x.size / total if pooled else number / len(arrays) for x in arrays]
   dtype = jnp.result_type(*(x.dtype for x in arrays))
   found = [_entries(x, math.ceil(n)).astype(dtype) for x, n in zip(arrays, numbers)]
@@ -265,7 +266,8 @@ def _samples(arrays: Sequence[jax.Array], pooled: bool) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="number")
 def _entries(x: jax.Array, number: int) -> jax.Array:
   """So many entries, evenly spread, on each device."""
-  if not x.size:
+  if not x.size or max(x.shape, default=1) >= 2**31:
+    # There are none, or JAX cannot index them. Any sample will do, though others save passes.
     return jnp.zeros([number], x.dtype)
   # Multiples of the golden ratio fall in step with no axis.
   places = np.arange(number) * (5**0.5 - 1) / 2 % 1 * x.size

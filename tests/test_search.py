@@ -40,6 +40,9 @@ def find(keys, k, sample, in_one_word=True):
   def count_before(by_key, bound, guesses):
     nonlocal passes
     passes += 1
+    # Each leaves half of the keys, or the next a third of the numbers.
+    bits = keys.size.bit_length()
+    assert passes <= bits + 2 * np.ceil((8 * keys.dtype.itemsize + bits) / np.log2(3))
     numbers = [to_int(guesses[i, 0]) for i in range(3)]
     if by_key[0]:
       found = [int(np.searchsorted(in_order, np.uint64(n))) for n in numbers]
@@ -87,10 +90,8 @@ def test_exactly_k_come_before_what_is_found_whatever_the_sample(distribution, d
     "noise": np.random.default_rng(1).integers(0, 2**32 - 1, 64).astype(keys.dtype),
   }
   sample = samples[data.draw(st.sampled_from(list(samples)))]
-  bound, place, passes = find(keys, k, sample, in_one_word=data.draw(st.booleans()))
+  bound, place, _ = find(keys, k, sample, in_one_word=data.draw(st.booleans()))
   assert_exact(keys, k, bound, place)
-  # A pass leaves half of the numbers, or the next leaves a quarter.
-  assert passes <= 32 + n.bit_length() + 1
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
@@ -118,6 +119,22 @@ def test_a_number_right_above_a_gap_is_found_in_few_passes(more):
   keys = np.random.default_rng(0).permutation(keys)
   _, _, passes = find(keys, 700_000 + more, keys[:2000])
   assert passes <= 7
+
+
+@pytest.mark.parametrize("distribution", ["half zeros", "equal", "few values"])
+def test_a_tie_is_cut_in_few_passes_wherever(distribution):
+  keys = keys_of(distribution, 1_000_000)
+  for k in (1, 10_000, 400_000, 480_000, 498_000, 999_000, 999_999):
+    bound, place, passes = find(keys, k, keys[:2000])
+    assert_exact(keys, k, bound, place)
+    assert passes <= 12, k
+
+
+def test_weights_that_were_rounded_are_found_in_few_passes():
+  keys = keys_of("normal", 1_000_000) & np.uint32(0xFFFF0000)
+  passes = [find(keys, k, keys[:2000])[-1] for k in range(50_000, 1_000_000, 50_000)]
+  assert np.mean(passes) <= 10
+  assert max(passes) <= 20
 
 
 def test_nothing_and_everything_take_no_pass():

@@ -519,6 +519,26 @@ def test_a_pool_of_more_than_two_billion_weights_can_be_traced(shapes, k):
   assert [(mask.shape, mask.dtype) for mask in masks] == [(shape, bool) for shape in shapes]
 
 
+@pytest.mark.parametrize("shape", [(2**31,), (2**32 - 1,), (3 * 2**30, 1)])
+def test_an_axis_of_more_than_two_billion_can_be_compiled(shape):
+  scores = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  jax.jit(sparsejax.select_smallest, static_argnums=1).lower(scores, 5)
+
+
+def test_ranks_are_not_promoted_in_silence():
+  with jax.numpy_rank_promotion("raise"):
+    scores = {"a": jnp.arange(3.0), "b": -jnp.ones((2, 2))}
+    assert count(select(scores, 5)) == 5
+    assert count(sparsejax.select_smallest(scores, {"a": 1, "b": 2})) == 3
+
+
+def test_a_sample_is_no_larger_than_what_it_is_of():
+  scores = jax.ShapeDtypeStruct((4096, 9), jnp.float32)
+  by_row = jax.jit(jax.vmap(lambda row: sparsejax.select_smallest(row, 2)))
+  memory = by_row.lower(scores).compile(compiling.AS_USERS).memory_analysis()
+  assert memory.temp_size_in_bytes <= 8 * memory.argument_size_in_bytes
+
+
 # Transformations.
 
 

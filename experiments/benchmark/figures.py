@@ -93,8 +93,10 @@ def least_traffic(row: Row) -> list[tuple[str, list[float], int]]:
 
 def most_sent(row: Row) -> int:
   """Bytes that a mask update leaves on a device, if it takes as many passes as it can."""
-  # As many as a score has bits, and a place among ties.
-  passes = 8 * FLOAT + row["weights"].bit_length()
+  # Each leaves half of the weights, or the next leaves a third of the numbers that a score may be,
+  # or a place among ties.
+  bits_of_weights = row["weights"].bit_length()
+  passes = bits_of_weights + 2 * math.ceil((8 * FLOAT + bits_of_weights) / math.log2(3))
   return row["sent"]["once"] + passes * row["sent"]["each_pass"]
 
 

@@ -231,9 +231,9 @@ TABLES = (
     "Sent between devices",
     ("devices", "abstract"),
     "What collective operations leave on one device, in bytes, read from the compiled program."
-    " Those in a loop run in each pass of a selection, of which few are needed, and at most as many"
-    " as a score has bits, and a place among ties. The last column is against plain JAX's way,"
-    " gathering all weights.",
+    " Those in a loop run in each pass of a selection. Few are needed; at most, it takes as many as"
+    " there must be until each bit of a score, and of a place among ties, is known. The last column"
+    " is against plain JAX's way, gathering all weights.",
     (
       _TREE,
       ("parameters", _count("parameters")),
