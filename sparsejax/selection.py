@@ -162,9 +162,9 @@ def select(
 
   def in_each(test, *vectors):
     """For each array, what `test` says of its keys and positions, given its entries of vectors."""
-    # Vectors that all have, and an index that is read from memory (a single number would be part of
-    # the code): so arrays that are alike share one compiled kernel.
-    indices = [np.array([i, i], np.int32) for i in range(len(values))]
+    # Vectors that all have, and an index that is read from memory: so arrays that are alike share a
+    # compiled kernel. (A single number, or one repeated, would be part of the code.)
+    indices = [np.array([i, -1], np.int32) for i in range(len(values))]
     # Tied to the loop's own variables, so that XLA computes keys and positions in each pass instead
     # of hoisting them out of the loop, into memory.
     arrays, masks, indices, vectors = lax.optimization_barrier((values, active, indices, vectors))

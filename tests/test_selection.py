@@ -1,5 +1,7 @@
 """`select_smallest` is exact for any dtype, any ties, any tree, and under every transformation."""
 
+import re
+
 import compiling
 import hlo
 import hypothesis
@@ -507,6 +509,24 @@ def test_the_selection_needs_less_than_two_bytes_of_temporary_memory_per_weight(
   scores = {"a": jnp.ones((1000, 700)), "b": jnp.ones((500, 600), jnp.bfloat16)}
   compiled = select.lower(scores, 5).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 2 * 1_000_000
+
+
+@pytest.mark.parametrize("kind", ["pooled", "of each"])
+def test_arrays_that_are_alike_share_kernels(kind):
+  scores = [jax.ShapeDtypeStruct((64, 32), jnp.float32)] * 6
+  k = jnp.int32(5) if kind == "pooled" else [jnp.int32(5)] * 6
+  text = jax.jit(sparsejax.select_smallest).lower(scores, k).compile(compiling.AS_USERS).as_text()
+  kernels = []
+  for computation in text.split("\n\n"):
+    if (
+      computation.startswith("%fused") and "f32[64,32]" in computation and " reduce(" in computation
+    ):
+      # Without names, and without where in the source an operation comes from.
+      body = re.sub(r", metadata=\{[^}]*\}|[%\w]*[.][\d]+", "", computation.split("\n", 1)[1])
+      kernels.append(re.sub(r"param_\d+", "", body))
+  assert len(kernels) == 6
+  # The index of an array is not in the code, though the order of parameters may differ.
+  assert len(set(kernels)) <= 3
 
 
 @pytest.mark.parametrize("k", [5, 2**31 + 5], ids=["few", "more than 2^31"])
