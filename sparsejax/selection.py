@@ -256,7 +256,8 @@ def _samples(arrays: Sequence[jax.Array], pooled: bool) -> jax.Array:
     At least one row. # shape=(1 or len(arrays), any)
   """
   total = max(sum(x.size for x in arrays), 1)
-  number = min(int(np.clip(total // 512, 256, 2**13)), total)
+  # A larger sample would save a part of a pass, and take longer to gather.
+  number = min(int(np.clip(total // 2048, 128, 2048)), total)
   numbers = [number * x.size / total if pooled else number / len(arrays) for x in arrays]
   dtype = jnp.result_type(*(x.dtype for x in arrays))
   found = [_entries(x, math.ceil(n)).astype(dtype) for x, n in zip(arrays, numbers)]

@@ -16,7 +16,6 @@ import sparsejax
 
 # Every kernel has more than 1 MB.
 SHAPES = {"dense": (768, 512), "conv": (3, 3, 128, 256), "bias": (768,)}
-POOL = 768 * 512 + 3 * 3 * 128 * 256
 SHARDINGS = {
   "data-parallel": {},
   "fully sharded": {
@@ -95,7 +94,7 @@ def _on_one_device(name):
 
 
 @pytest.mark.parametrize("name,mode,sharding", list(_cases()))
-def test_a_mask_update_on_eight_devices_gives_the_masks_of_one_and_sends_counts_and_a_sample_only(
+def test_a_mask_update_on_eight_devices_gives_the_masks_of_one_and_sends_next_to_nothing(
   name, mode, sharding
 ):
   weights, gradients = make_tree(0), make_tree(1)
@@ -119,14 +118,12 @@ def test_a_mask_update_on_eight_devices_gives_the_masks_of_one_and_sends_counts_
   jax.tree.map(np.testing.assert_array_equal, masks, expected)
   sent = hlo.bytes_between_devices(update)
   assert bool(sent) == (sharding != "data-parallel")
-  # A sample is one weight in 512.
-  assert max([size for _, size in sent], default=0) <= 4 * POOL / 512, sent
+  assert max([size for _, size in sent], default=0) <= 1024, sent
   # Scores that are written, and moments, are another matter. GraNet has masks between its stages.
-  most = {"progressive": 0.1, "erk": 0.1, "rigl": 0.1, "granet": 1.6}
+  most = {"progressive": 0.1, "erk": 0.1, "rigl": 0.1, "granet": 1.7}
   if name in most:
     local = sum(leaf.addressable_shards[0].data.size for leaf in params.values())
-    sample = 12 * POOL / 512  # Weights, masks, and keys in and out of order, on each device.
-    assert update.memory_analysis().temp_size_in_bytes <= most[name] * local + sample
+    assert update.memory_analysis().temp_size_in_bytes <= most[name] * local
 
 
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
@@ -153,8 +150,7 @@ def test_a_mask_update_of_a_billion_weights_needs_next_to_no_memory_besides_them
     lowered = jax.jit(tx.update).lower(params, state._replace(masks=masks), params)
     update = lowered.compile(compiling.AS_USERS)
   sent = hlo.bytes_between_devices(update)
-  # The sample is smaller the more weights there are: in all 8192 of them.
-  assert sent and max(size for _, size in sent) <= 4096, sent
+  assert sent and max(size for _, size in sent) <= 1024, sent
   memory = update.memory_analysis()
   assert memory.argument_size_in_bytes > (4 + 4 + 1) * weights // 8
   assert memory.temp_size_in_bytes <= 0.01 * weights // 8

@@ -93,10 +93,11 @@ def least_traffic(row: Row) -> list[tuple[str, list[float], int]]:
 
 def most_sent(row: Row) -> int:
   """Bytes that a mask update leaves on a device, if it takes as many passes as it can."""
-  # Each leaves half of the weights, or the next leaves a third of the numbers that a score may be,
-  # or a place among ties.
-  bits_of_weights = row["weights"].bit_length()
-  passes = bits_of_weights + 2 * math.ceil((8 * FLOAT + bits_of_weights) / math.log2(3))
+  # The first, by a sample; after that, each leaves half of the weights, or the next leaves a third
+  # of the numbers that a score may be, or a place among ties.
+  bits = row["weights"].bit_length()
+  thirds = math.ceil(8 * FLOAT / math.log2(3)) + math.ceil(bits / math.log2(3))
+  passes = 1 + bits + 2 * thirds
   return row["sent"]["once"] + passes * row["sent"]["each_pass"]
 
 

@@ -40,7 +40,8 @@ PEAKS = {
 }
 
 
-# What pruning may add to a step is less than the time of the same step varies by.
+# What pruning may add to a step is less than the time of the same step varies by: it takes so many
+# times the rounds, and seconds for each variant.
 _MORE_ROUNDS = 6
 _LIMIT = 60.0
 
@@ -55,7 +56,7 @@ def measure_network(name: str, dtype: str, batch_size: int, *, rounds: int) -> d
     name: of a recipe whose sparsity rises along a ramp.
     dtype: in which the network computes.
     batch_size: images in a step; 0: as many as the recipe has.
-    rounds: a sixth of how many there are.
+    rounds: of which there are more, see `_MORE_ROUNDS`.
 
   Returns:
     A row of raw numbers.
