@@ -24,3 +24,8 @@ AS_USERS = {
 if _HAS_ELDER_EMITTERS:
   IN_TESTS["xla_cpu_use_fusion_emitters"] = False
   AS_USERS["xla_cpu_use_fusion_emitters"] = True
+
+
+def as_flags(options: dict[str, int | bool]) -> list[str]:
+  """The options as words of XLA_FLAGS."""
+  return [f"--{name}={str(value).lower()}" for name, value in options.items()]

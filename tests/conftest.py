@@ -15,7 +15,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
   [
     "--xla_force_host_platform_device_count=8",
-    *(f"--{name}={str(value).lower()}" for name, value in compiling.IN_TESTS.items()),
+    *compiling.as_flags(compiling.IN_TESTS),
     os.environ.get("XLA_FLAGS", ""),
   ]
 ).strip()

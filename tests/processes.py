@@ -18,6 +18,8 @@ import sys
 from collections.abc import Sequence
 from unittest import mock
 
+import compiling
+
 ROOT = pathlib.Path(__file__).parents[1]
 DEVICES = 4  # Of all processes together.
 HEARTBEAT = 5  # Seconds after which the others of a process that was killed must have noticed.
@@ -29,16 +31,15 @@ def start(
   """Starts so many processes, whose output goes to files in a folder."""
   with socket.create_server(("127.0.0.1", 0)) as server:
     port = server.getsockname()[1]
-  flags = [
-    f"--xla_force_host_platform_device_count={DEVICES // count}",
-    # Most of the time is compilation.
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-  ]
+  options = {
+    **compiling.IN_TESTS,
+    "xla_backend_optimization_level": 0,
+    "xla_force_host_platform_device_count": DEVICES // count,
+  }
   environment = {
     **os.environ,
     "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": " ".join(flags),
+    "XLA_FLAGS": " ".join(compiling.as_flags(options)),
     "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
     "JAX_NUM_PROCESSES": str(count),
   }
