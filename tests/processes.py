@@ -33,7 +33,7 @@ def start(
     port = server.getsockname()[1]
   options = {
     **compiling.IN_TESTS,
-    "xla_backend_optimization_level": 0,
+    "xla_backend_optimization_level": 0,  # Most of the time is compilation.
     "xla_force_host_platform_device_count": DEVICES // count,
   }
   environment = {
