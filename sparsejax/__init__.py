@@ -1,6 +1,6 @@
 """The sparsity library for JAX: pruning and sparse training as optax gradient transformations."""
 
-from sparsejax import allocation, criteria, foresight, lottery, patterns
+from sparsejax import allocation, criteria, deploy, foresight, lottery, patterns
 from sparsejax.alias import (
   granet,
   rigl,
@@ -29,6 +29,7 @@ __all__ = (
   "allocation",
   "apply_masks",
   "criteria",
+  "deploy",
   "dynamic_sparse_training",
   "fixed_masks",
   "foresight",

@@ -1,6 +1,6 @@
 """From trained sparse networks to smaller ones: checked, compacted, stored, run, and reported.
 
-`save`, `load`, `runtime` and `report` need the extra `deploy`; the others do not.
+`save`, `load`, `report` and sparse products need the extra `deploy`; the rest does not.
 """
 
 from sparsejax.deploy import runtime

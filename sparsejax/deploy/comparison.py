@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax import arguments
 from sparsejax import masks as masks_lib
 from sparsejax.deploy import files, final
 from sparsejax.deploy.compaction import compact
@@ -32,7 +33,7 @@ def report(
   *,
   labels: Any = None,
   masks: PyTree | None = None,
-  batches: Sequence[int] = (1, 256),
+  batches: int | Sequence[int] = (1, 256),
   rounds: int = 7,
 ) -> Report:
   """Measures what the zeros of a network are good for: in files, in memory, and in time.
@@ -48,7 +49,7 @@ def report(
     labels: the class of each example; outputs are logits then.  # shape=(examples,), dtype=int
     masks: a full boolean tree like the parameters, which says what is active; by default what is
       not zero.
-    batches: sizes of the batches to time; examples are repeated if there are fewer.
+    batches: one or several sizes of the batches to time; examples are repeated if there are fewer.
     rounds: how often to time each.
 
   Returns:
@@ -74,6 +75,10 @@ def report(
   inputs = inputs if isinstance(inputs, tuple) else (inputs,)
   inputs = jax.tree.map(np.asarray, inputs)
   examples = _count(inputs, labels)
+  batches = tuple(
+    arguments.check_integer(f"batches[{i}]", batch, at_least=1)
+    for i, batch in enumerate(batches if isinstance(batches, Sequence) else [batches])
+  )
   if masks is None:
     masks = jax.tree.map(lambda x: jnp.asarray(x) != 0, params)
   final.check(params, masks)

@@ -173,6 +173,14 @@ def _tensor_name(leaf: str, part: str) -> str:
   return f"{leaf}:{part}" if part else leaf
 
 
+def _name_of(dtype: Any) -> str | None:
+  """The name in the file of a type that is asked for, or None if it has none."""
+  try:
+    return _NAMES.get(np.dtype(dtype))
+  except TypeError:
+    return None
+
+
 def _converted(name: str, leaf: Any, dtype: Any) -> np.ndarray:
   """The leaf as a NumPy array of the type that it is stored in."""
   array = np.asarray(leaf)
@@ -181,9 +189,9 @@ def _converted(name: str, leaf: Any, dtype: Any) -> np.ndarray:
     raise ValueError(f"{name!r} is {array.dtype}, but only {known} can be stored: convert it.")
   if _NAMES[array.dtype] not in _FLOATS:
     return array
-  if dtype is not None and _NAMES.get(np.dtype(dtype)) not in _FLOATS:
+  if dtype is not None and _name_of(dtype) not in _FLOATS:
     floats = ", ".join(str(DTYPES[each]) for each in _FLOATS)
-    raise ValueError(f"dtype={np.dtype(dtype)} must be one of {floats}.")
+    raise ValueError(f"dtype={dtype} must be one of {floats}.")
   with np.errstate(all="ignore"):
     stored = array if dtype is None else array.astype(dtype)
     has_nan = np.isnan(stored).any()

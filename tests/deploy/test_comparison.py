@@ -146,9 +146,11 @@ def test_nan_weights_and_parameters_of_another_function_are_errors(pruned):
 def test_labels_that_do_not_fit_are_an_error(pruned):
   with pytest.raises(ValueError, match=r"20 examples, but labels of shape \(19,\)"):
     deploy.report(apply, pruned, inputs(), labels=np.zeros(19, int))
+  with pytest.raises(ValueError, match=r"batches\[1\] must be at least 1 .*, got 0"):
+    deploy.report(apply, pruned, inputs(), batches=(1, 0))
   with pytest.raises(ValueError, match="must be logits"):
     deploy.report(
-      lambda p, x: apply(p, x)[:, 0], pruned, inputs(), labels=np.zeros(20, int), batches=(1,)
+      lambda p, x: apply(p, x)[:, 0], pruned, inputs(), labels=np.zeros(20, int), batches=1
     )
   with pytest.raises(ValueError, match="the same number of examples"):
     deploy.report(apply, pruned, (inputs(3), inputs(4)))

@@ -218,6 +218,12 @@ def test_a_layer_that_does_not_fit_or_has_nan_is_an_error_that_says_which():
   with pytest.raises(ValueError, match="layer 1 takes 8 numbers, but gets 7"):
     Network([Dense(sparse(9, 7)), Dense(sparse(8, 2))], np.ones((1, 9), np.float32))
   nan = np.full((2, 2), np.nan, np.float32)
+  with pytest.raises(ValueError, match="activation of layer 0 must be a function, got 'relu'"):
+    Network([Dense(np.ones((8, 4)), activation="relu")], np.ones((1, 8)))
+  with pytest.raises(ValueError, match=r"bias of layer 0 must have shape \(4,\), got \(1, 4\)"):
+    Network([Dense(np.ones((8, 4)), np.ones((1, 4)))], np.ones((1, 8)))
+  with pytest.raises(ValueError, match=r"kind must be 'fastest' or one of .*, got 'spares'"):
+    Network([Dense(np.ones((8, 4)))], np.ones((1, 8)), kind="spares")
   with pytest.raises(ValueError, match="layer 0 has NaN in its kernel"):
     Network([Dense(nan)], np.ones((1, 2), np.float32))
   with pytest.raises(ValueError, match="layer 0 has NaN in its bias"):

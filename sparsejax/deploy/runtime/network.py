@@ -135,6 +135,15 @@ class Network:
         weights = getattr(layer, part)
         if weights is not None and np.isnan(weights).any():
           raise ValueError(f"layer {number} has NaN in its {part}.")
+      if layer.activation is not None and not callable(layer.activation):
+        raise ValueError(
+          f"the activation of layer {number} must be a function, got {layer.activation!r}."
+        )
+      outputs = layer.matrix.shape[-1]
+      if layer.bias is not None and np.shape(layer.bias) != (outputs,):
+        raise ValueError(
+          f"the bias of layer {number} must have shape {(outputs,)}, got {np.shape(layer.bias)}."
+        )
       rows = layer.rows(x)
       if rows.shape[-1] != len(layer.matrix):
         raise ValueError(

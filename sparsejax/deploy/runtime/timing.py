@@ -25,9 +25,14 @@ def choose(
 
   Returns:
     Its name and itself.
+
+  Raises:
+    ValueError: if none has that name.
   """
-  if kind != "fastest":
+  if kind in ways:
     return kind, ways[kind]()
+  if kind != "fastest":
+    raise ValueError(f"kind must be 'fastest' or one of {list(ways)}, got {kind!r}.")
   functions = {name: make() for name, make in ways.items()}
   calls = {name: functools.partial(function, x) for name, function in functions.items()}
   times = take_turns(calls, rounds, turn=1e-2)
