@@ -262,8 +262,8 @@ def _describe_lanes(runs: Sequence[dict[str, Any]]) -> str:
   compilation = sum(run["seconds"]["compile"] for run in runs)
   return (
     f"The runs were trained side by side, {' and '.join(map(str, lane_counts))} lanes in one"
-    " program; the time of a lane is its share of the time of all. Compilation and initialisation"
-    f" took {compilation:.1f} s for all together."
+    " program; the time of a lane is its share of the time of all. Their shares of compilation and"
+    f" initialisation come to {compilation:.1f} s."
   )
 
 

@@ -89,7 +89,7 @@ def test_the_table_has_a_row_for_each_sparsity_and_says_who_died(tmp_path, train
   assert "91.20 ± 0.10 (n = 3); without collapsed ones 91.15 ± 0.07 (n = 2) | 2.00 s |" in rows[1]
   assert rows[1].endswith("| cpu | 91.10 | 91.20 | 91.30 (collapsed in epoch 1) |")
   assert "6 lanes in one program" in table
-  assert "took 3.0 s for all together" in table
+  assert "initialisation come to 3.0 s." in table
   assert "alone" not in table
 
 
