@@ -198,7 +198,8 @@ def sparse_evolutionary_training(
     allocation: how the sparsity is shared out among layers.
     masks: the masks to start with instead.
     moments: as in `sparsejax.dynamic_sparse_training`.
-    pattern: what is pruned together, and what has to stay; see `sparsejax.patterns`.
+    pattern: what has to stay, see `sparsejax.patterns`: N:M, and nothing that is pruned together,
+      since weights are dropped by their signs.
     pack: whether the state holds masks as one bit per weight, see `sparsejax.masked_updates`.
     prunable: `prunable(path, leaf) -> bool` says which leaves are sparse.
     key: a random key.
@@ -336,7 +337,13 @@ def static_sparse_training(
     due=lambda count: False,
     inner=inner,
     initial_masks=start.initial_masks(
-      sparsity, masks, allocation, key, pattern=pattern, final=sparsity
+      sparsity,
+      masks,
+      allocation,
+      key,
+      pattern=pattern,
+      final=sparsity,
+      final_allocation=allocation,
     ),
     pack=pack,
     prunable=prunable,

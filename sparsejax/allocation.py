@@ -24,6 +24,7 @@ References:
 import difflib
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -153,24 +154,55 @@ def masks_from_scores(
            [ True, False]], dtype=bool)
   """
   resolve(allocation)
+  patterns.check_is_pattern(pattern)
   pool = masks_lib.select_prunable(scores, prunable)
-  leaves, treedef = jax.tree.flatten(pool)
+  leaves, treedef = selection.check_scores(pool)
   if not leaves:
     return masks_lib.all_true(scores)
   sparsity = arguments.check_sparsity("sparsity", sparsity, may_be_chosen=True)
   check_leaves(sparsity, scores, pool)
-  sparsity = for_leaves(sparsity, pool)
   patterns.check_fit(pool, pattern)
-  units = [pattern.units(s.shape) for s in leaves]
-  k = count_pruned(units, sparsity, allocation, pattern)
-  check_some_left([math.prod(shape) for shape in units], k)
-  ranked = [pattern.exempt(pattern.pool(jnp.asarray(s)), None) for s in leaves]
+  shapes = [s.shape for s in leaves]
+  k = count_pruned(shapes, for_leaves(sparsity, pool), allocation, pattern)
+  check_some_left([math.prod(pattern.units(shape)) for shape in shapes], k)
+  ranked = [pattern.exempt(pattern.pool(s), None) for s in leaves]
   pruned = selection.select(ranked, counts.from_ints(k))
   kept = [pattern.spread(~p, s.shape) for p, s in zip(pruned, leaves)]
   kept = jax.tree.unflatten(treedef, kept)
   masks = masks_lib.full_masks(kept, scores)
   masks_lib.warn_of_emptied(masks, stacklevel=2)
   return masks
+
+
+def check_pool(
+  sparsity: Sparsity, tree: PyTree, pool: PyTree, allocation: Allocation, pattern: Pattern
+) -> np.ndarray | None:
+  """Checks that a sparsity and a pattern fit the prunable leaves; warns if nothing would be left.
+
+  Args:
+    sparsity: a scalar, or a tree.
+    tree: the weights. It may have `optax.MaskedNode()` where other transformations are at work.
+    pool: the same with `optax.MaskedNode()` in place of leaves that are not prunable.
+    allocation: how an overall sparsity is shared out.
+    pattern: what is pruned together, and what has to stay.
+
+  Returns:
+    How many weights are pruned, see `count_pruned`, if that is known.
+
+  Raises:
+    ValueError: if the sparsity does not match the tree, or the pattern does not fit a shape.
+  """
+  check_leaves(sparsity, tree, pool)
+  patterns.check_fit(pool, pattern)
+  shapes = [np.shape(leaf) for leaf in jax.tree.leaves(pool)]
+  sparsity = for_leaves(sparsity, pool)
+  known = sparsity if isinstance(sparsity, list) else [sparsity]
+  if not all(isinstance(s, float) for s in known):
+    return None
+  pruned = count_pruned(shapes, sparsity, allocation, pattern)
+  if message := _nothing_left([math.prod(pattern.units(shape)) for shape in shapes], pruned):
+    warnings.warn(message, stacklevel=2)
+  return pruned
 
 
 def check_leaves(sparsity: Sparsity, tree: PyTree, pool: PyTree) -> None:
@@ -230,7 +262,7 @@ def count_pruned(
       one is chosen, are computed with in float64; for traced values the count is exact for the
       float32 value.
     allocation: how an overall sparsity is shared out.
-    pattern: what has to stay.
+    pattern: what is pruned together and counts as one, and what has to stay.
 
   Returns:
     A vector with one count for the whole pool if the allocation is global, and one for each layer
@@ -242,17 +274,21 @@ def count_pruned(
   if isinstance(sparsity, list) and any(isinstance(s, OneOf) for s in sparsity):
     parts = [count_pruned([shape], s, "global", pattern) for shape, s in zip(shapes, sparsity)]
     return jax.tree.map(lambda *words: jnp.concatenate(words), *map(counts.from_ints, parts))
-  return pattern.limit(_count_pruned(shapes, sparsity, allocation), shapes)
+  units = [pattern.units(shape) for shape in shapes]
+  sizes = list(map(math.prod, units))
+  return pattern.limit(_count_pruned(shapes, sizes, sparsity, allocation), units)
 
 
 def _count_pruned(
-  shapes: Shapes, sparsity: Density | list[Density], allocation: Allocation
+  shapes: Shapes, sizes: Sequence[int], sparsity: Density | list[Density], allocation: Allocation
 ) -> np.ndarray | Count:
-  """The same without one to choose, and whatever has to stay."""
-  sizes = [math.prod(shape) for shape in shapes]
+  """The same without one to choose, and whatever has to stay, in layers of such sizes."""
   if not isinstance(sparsity, list):
     if resolve(allocation) is not None:
-      density = 1 - sparsity if isinstance(sparsity, float) else 1 - jnp.float32(sparsity)
+      if isinstance(sparsity, float):
+        density = 1 - sparsity
+      else:
+        density = 1 - jnp.where(jnp.isnan(sparsity), 0, jnp.float32(sparsity))
       found = densities(shapes, density, allocation)
       if isinstance(found, np.ndarray):
         return _count_in_float64(sizes, found)
@@ -268,11 +304,18 @@ def _count_pruned(
 
 def check_some_left(sizes: Sequence[int], pruned: np.ndarray | Count) -> None:
   """Raises a ValueError if it is known that all weights are pruned."""
-  if isinstance(pruned, np.ndarray) and 0 < sum(sizes) <= sum(map(int, pruned)):
-    raise ValueError(
-      f"so sparse, none of the {sum(sizes)} prunable weights would be left: prune less, or make"
-      " more leaves prunable."
-    )
+  if isinstance(pruned, np.ndarray) and (message := _nothing_left(sizes, pruned)):
+    raise ValueError(message)
+
+
+def _nothing_left(sizes: Sequence[int], pruned: np.ndarray) -> str:
+  """What to say if all weights are pruned, or nothing."""
+  if not 0 < sum(sizes) <= sum(map(int, pruned)):
+    return ""
+  return (
+    f"so sparse, none of the {sum(sizes)} prunable weights would be left: prune less, or make more"
+    " leaves prunable."
+  )
 
 
 def _count_in_float64(sizes, densities):

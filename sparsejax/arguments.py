@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -46,6 +46,8 @@ class OneOf:
   index: int | jax.Array
 
   def __post_init__(self):
+    if not isinstance(self.values, Iterable):
+      raise ValueError(f"values of OneOf must be several numbers, got {self.values!r}.")
     values = tuple(
       _check_scalar(f"values[{i}] of OneOf", value) for i, value in enumerate(self.values)
     )
@@ -88,8 +90,16 @@ def check_integer(name: str, value: Any, at_least: int) -> int:
 
 def check_key(key: Any) -> None:
   """Raises a ValueError if this is no random key."""
-  if not isinstance(key, (jax.Array, np.ndarray)):
-    raise ValueError(f"key must be a random key, got {key!r}: pass jax.random.key(seed).")
+  is_array = isinstance(key, (jax.Array, np.ndarray))
+  # Old ones are vectors of numbers.
+  if not is_array or np.ndim(key) != (not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+    raise ValueError(f"key must be one random key, got {key!r}: pass jax.random.key(seed).")
+
+
+def check_callable(name: str, value: Any) -> None:
+  """Raises a ValueError if this is no function."""
+  if not callable(value):
+    raise ValueError(f"{name} must be a function, got {value!r}.")
 
 
 def check_sparsity(name: str, sparsity: PyTree, *, may_be_chosen: bool = False) -> PyTree:
@@ -106,6 +116,9 @@ def check_sparsity(name: str, sparsity: PyTree, *, may_be_chosen: bool = False) 
   Raises:
     ValueError: if a value is not a number in [0, 1).
   """
+
+  if sparsity is None:
+    raise ValueError(f"{name} must be a number in [0, 1), got None.")
 
   def check_leaf(path, value):
     if isinstance(value, OneOf) and may_be_chosen:
@@ -153,7 +166,8 @@ def static_args(transformation: Callable[..., Any]) -> tuple[str, ...]:
     transformation: a function that takes a `sparsity`, such as `sparsejax.progressive_pruning`.
 
   Returns:
-    The names of its other arguments.
+    The names of its other arguments. Where weights are in half precision, pass
+    `hyperparam_dtype=jnp.float32` too: optax rounds the sparsity to the type of the updates.
 
   Example:
     >>> import jax.numpy as jnp, optax, sparsejax

@@ -16,6 +16,7 @@ References:
 
 import difflib
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import counts, selection
+from sparsejax.patterns import SINGLE, Pattern
 
 
 class Leaf:
@@ -87,7 +89,8 @@ class Leaf:
     """How many weights of this leaf are to be dropped, or grown.  # shape=(), dtype=uint32"""
     if self._count is None:
       raise ValueError(
-        "this criterion needs to know how many weights of each layer go, but all layers compete:"
+        "this criterion needs to know how many weights of each layer go, which is not known where"
+        " all layers compete, pruned weights may return (keep_weights), or a pattern has its say:"
         ' drop in each layer, and give a ramp another allocation than "global".'
       )
     return self._count
@@ -147,7 +150,7 @@ def momentum(leaf: Leaf) -> jax.Array:
   r"""The absolute value of the momentum, :math:`|m|`, or :math:`|m| / \sqrt{v}` as in Adam."""
   if leaf.second_moment is None:
     return jnp.abs(leaf.moment)
-  return jnp.abs(leaf.moment) / (jnp.sqrt(leaf.second_moment) + 1e-8)
+  return jnp.abs(_widened(leaf.moment)) / (jnp.sqrt(_widened(leaf.second_moment)) + 1e-8)
 
 
 def mean_momentum(leaf: Leaf) -> jax.Array:
@@ -177,12 +180,12 @@ def reciprocal_sensitivity(leaf: Leaf) -> jax.Array:
 
 def mest(gamma: float = 1.0) -> Score:
   r"""The weight and the gradient together, :math:`|w| + \gamma |g|`."""
-  return lambda leaf: jnp.abs(leaf.weight) + gamma * jnp.abs(leaf.gradient)
+  return lambda leaf: jnp.abs(_widened(leaf.weight)) + gamma * jnp.abs(_widened(leaf.gradient))
 
 
 def gradient_step(gamma: float = 1.0) -> Score:
   r"""What a step along the gradient would leave of the weight, :math:`|w - \gamma g|`."""
-  return lambda leaf: jnp.abs(leaf.weight - gamma * leaf.gradient)
+  return lambda leaf: jnp.abs(_widened(leaf.weight) - gamma * _widened(leaf.gradient))
 
 
 def each_sign(leaf: Leaf) -> jax.Array:
@@ -190,7 +193,8 @@ def each_sign(leaf: Leaf) -> jax.Array:
 
   Where one sign has too few weights, the other makes up for it. Of an odd number, the positive
   weights give one more. An active weight that is exactly zero counts as positive. Only for
-  dropping in each layer, since how many weights go decides which.
+  dropping in each layer, since how many weights go decides which; and not for what is pruned
+  together.
   """
   return _of_each_sign(leaf, lambda positive, negative: leaf.count - leaf.count // 2)
 
@@ -255,16 +259,34 @@ def check_key(key: jax.Array | None, *used: Score | Criterion) -> None:
     raise ValueError("criteria.random needs a key, got key=None: pass key=jax.random.key(seed).")
 
 
+def check_pattern(criterion: Score | Criterion, pattern: Pattern, *, only_drops: bool) -> None:
+  """Raises a ValueError if a criterion is known not to go with a pattern.
+
+  Args:
+    criterion: by which weights are pruned or dropped.
+    pattern: what is pruned together, and what has to stay.
+    only_drops: whether as many grow again, so that N:M may drop any weights.
+  """
+  if criterion not in (each_sign, each_sign_in_proportion):
+    return
+  if pattern != SINGLE and not (only_drops and pattern.regrows_in_groups):
+    raise ValueError(
+      f"criteria.{criterion.__name__} says which single weights go, which {pattern} does not allow:"
+      " take another criterion, such as magnitude."
+    )
+
+
 def _effect(leaf: Leaf) -> jax.Array:
-  # In half precision the product would often be zero.
   return _widened(leaf.weight) * _widened(leaf.gradient)
 
 
 def _widened(x: jax.Array) -> jax.Array:
+  """In single precision at least: in half, products and ratios would often be 0 or infinite."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+  numerator, denominator = _widened(numerator), _widened(denominator)
   # Nothing in relation to nothing is nothing; without this it would be NaN, and never go.
   ratio = jnp.abs(numerator) / jnp.abs(denominator)
   return jnp.where(numerator == 0, jnp.zeros_like(ratio), ratio)
@@ -292,10 +314,12 @@ def _of_each_sign(
 
 
 def _running(score: Score, decay: float) -> Criterion:
-  """The exponential moving average of a score of active weights."""
+  """The exponential moving average of a score."""
+  if isinstance(decay, numbers.Real) and not 0 <= decay < 1:
+    raise ValueError(f"decay must be in [0, 1), got {decay!r}.")
 
   def update(leaf, mean):
-    return decay * mean + (1 - decay) * jnp.where(leaf.mask, score(leaf), 0).astype(mean.dtype)
+    return decay * mean + (1 - decay) * score(leaf).astype(mean.dtype)
 
   return Criterion(
     # In half precision an average would soon stand still.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import arguments, counts, criteria, rules, start, transform
+from sparsejax import arguments, counts, criteria, patterns, rules, start, transform
 from sparsejax.allocation import Allocation
 from sparsejax.arguments import OneOf
 from sparsejax.criteria import Criterion, Score
@@ -148,22 +148,23 @@ def dynamic_sparse_training(
   drop, grow = criteria.resolve(drop, "drop"), criteria.resolve(grow, "grow")
   first, sparsity = start.check_start(sparsity, masks, ramp, initial)
   criteria.check_key(key, drop, grow)
+  patterns.check_is_pattern(pattern)
+  criteria.check_pattern(drop, pattern, only_drops=ramp is None)
   if not exact_growth and grow is not criteria.random:
     raise ValueError('growth that is not exact is for random growth only: pass grow="random".')
   for name, function in (("ramp", ramp), ("redistribute", redistribute)):
-    if function is not None and not callable(function):
-      raise ValueError(f"{name} must be a function, got {function!r}.")
+    if function is not None:
+      arguments.check_callable(name, function)
   is_global = allocation_lib.resolve(ramp_allocation) is None and allocation_lib.is_scalar(sparsity)
   if ramp is not None and redistribute is not None and not is_global:
     raise ValueError(
       "a ramp for each layer and `redistribute` would both decide how sparse a layer is: pass one"
       ' sparsity and ramp_allocation="global".'
     )
-  if pattern.regrows_in_groups and (redistribute is not None or not exact_growth):
-    raise ValueError(
-      f"with {pattern} what is dropped in a group grows there: pass neither `redistribute` nor"
-      " exact_growth=False."
-    )
+  if pattern.regrows_in_groups and redistribute is not None:
+    raise ValueError(f"with {pattern} what is dropped in a group grows there: no `redistribute`.")
+  if pattern != SINGLE and not exact_growth:
+    raise ValueError(f"exact_growth=False is for single weights, which {pattern} does not allow.")
   if rounding not in get_args(Rounding):
     raise ValueError(f"rounding must be one of {get_args(Rounding)}, got {rounding!r}.")
   stages = [
@@ -190,7 +191,13 @@ def dynamic_sparse_training(
     skip_step=skip_step,
     moments=moments,
     initial_masks=start.initial_masks(
-      first, masks, allocation, key, pattern=pattern, final=sparsity
+      first,
+      masks,
+      allocation,
+      key,
+      pattern=pattern,
+      final=sparsity,
+      final_allocation=allocation if ramp is None else ramp_allocation,
     ),
     pack=pack,
     prunable=prunable,
@@ -206,7 +213,7 @@ def _ramped(sparsity: PyTree, initial: float, ramp: optax.Schedule) -> rules.Goa
 
     def at(s):
       rise = s.pick(lambda s: s - initial) if isinstance(s, OneOf) else s - initial
-      return initial + rise * way
+      return rules.on_the_way(initial, rise, way)
 
     on_the_way = jax.tree.map(at, final)
     return counts.where(

@@ -1,12 +1,10 @@
 """Masks that never change."""
 
-import functools
-
 import jax.numpy as jnp
 import optax
 
 from sparsejax import masks as masks_lib
-from sparsejax import transform
+from sparsejax import start, transform
 from sparsejax.masks import PyTree
 
 
@@ -25,7 +23,8 @@ def fixed_masks(masks: PyTree, *, pack: bool = False) -> optax.GradientTransform
     brings the pruned weights to zero.
 
   Raises:
-    ValueError: if a mask is not boolean; by `init`, if the masks do not match the parameters.
+    ValueError: if a mask is not boolean; by `init`, if the masks do not match the parameters, or
+      prune one that is not floating-point.
 
   Example:
     >>> import jax.numpy as jnp, optax, sparsejax
@@ -44,10 +43,14 @@ def fixed_masks(masks: PyTree, *, pack: bool = False) -> optax.GradientTransform
     is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
     return is_float and not masks_lib.lies_in(masks_lib.path_name(path), unmasked)
 
+  def initial_masks(params, pool):
+    start.check_all_true(masks, params, besides=masks_lib.leaves_by_name(pool))
+    return masks_lib.by_name(masks, params, pool)
+
   return transform.masked_updates(
     lambda call: call.masks,
     due=lambda count: False,
-    initial_masks=functools.partial(masks_lib.by_name, masks),
+    initial_masks=initial_masks,
     pack=pack,
     prunable=is_masked,
   )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparsejax import allocation as allocation_lib
@@ -100,15 +101,14 @@ def progressive_pruning(
   ramped = [min(c + every, steps) for c in range(0, steps, every)]
 
   def due(count):
-    return (count >= begin) & (count < begin + steps) & ((count - begin) % every == 0)
+    return (count >= begin) & (count - begin < steps) & ((count - begin) % every == 0)
 
   def goal(count, pool, count_pruned):
     update = (count - begin) // every
 
     def at(final, done):
       # What lands on the final sparsity is that number itself, not a rounding error beside it.
-      where = jnp.where if isinstance(done, jax.Array) else lambda c, x, y: x if c else y
-      return where(done == steps, final, initial + (final - initial) * done / steps)
+      return final if done == steps else initial + (final - initial) * done / steps
 
     def now(final):
       if isinstance(final, float):
@@ -117,7 +117,8 @@ def progressive_pruning(
         # One of all sparsities along all ramps.
         values = tuple(at(value, done) for value in final.values for done in ramped)
         return OneOf(values, jnp.int32(final.index) * len(ramped) + update)
-      return at(final, jnp.asarray(ramped, jnp.int32)[update])
+      part = jnp.asarray(np.array(ramped) / steps, jnp.float32)[update]
+      return jnp.where(part >= 1, final, rules.on_the_way(initial, final - initial, part))
 
     return count_pruned(jax.tree.map(now, allocation_lib.for_leaves(sparsity, pool)))
 
@@ -317,10 +318,12 @@ def _prune_lowest(
   key: jax.Array | None,
   keep_weights: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-  """The transformation whose rule is `rules.prune_lowest`; `init` checks a tree of sparsities."""
+  """The transformation whose rule is `rules.prune_lowest`; `init` checks the sparsity."""
   allocation_lib.resolve(allocation)
   criterion = criteria.resolve(criterion)
   criteria.check_key(key, criterion)
+  patterns.check_is_pattern(pattern)
+  criteria.check_pattern(criterion, pattern, only_drops=False)
   rule = rules.from_criteria(
     rules.prune_lowest(goal, allocation, criterion, pattern=pattern, revive=keep_weights),
     drop=criterion,
@@ -332,8 +335,8 @@ def _prune_lowest(
   def init_fn(params):
     state = pruning.init(params)
     if jax.tree.leaves(params):
-      allocation_lib.check_leaves(sparsity, params, state.masks)
-      patterns.check_fit(masks_lib.select_prunable(params, prunable), pattern)
+      pool = masks_lib.select_prunable(params, prunable)
+      allocation_lib.check_pool(sparsity, params, pool, allocation, pattern)
     return state
 
   return optax.GradientTransformationExtraArgs(init_fn, pruning.update)

@@ -14,8 +14,9 @@ one by one. Hardware and libraries that make use of sparsity may want more order
   All weights at one index of an axis, by default the output units of a layer.
 
 Blocks and channels have the mean score of their weights, and a sparsity is the fraction of them
-that is pruned. Scores are added up in an order that may depend on the sharding where a block or a
-channel is shared by devices; masks of N:M do not depend on it.
+that is pruned; an allocation shares it out by the shapes of the kernels. Scores are added up in an
+order that may depend on the sharding where a block or a channel is shared by devices; masks of N:M
+do not depend on it.
 
 References:
   Mishra et al., `Accelerating Sparse Deep Neural Networks
@@ -26,6 +27,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +127,9 @@ class NM(Pattern):
       keys, lambda other, own, is_before: (other > own) | (other == own) & ~is_before
     )
     stays = stays < self.n
-    return jnp.where(stays if active is None else stays & active, jnp.nan, scores)
+    stays = stays if active is None else stays & active
+    # A NaN of the scores is kept as long as others can go, but not for one that has to stay.
+    return jnp.where(stays, jnp.nan, jnp.where(jnp.isnan(scores), jnp.inf, scores))
 
   def limit(self, pruned: np.ndarray | Count, shapes: Sequence[tuple[int, ...]]):
     room = np.array([math.prod(shape) // self.m * (self.m - self.n) for shape in shapes], np.uint64)
@@ -214,6 +218,8 @@ class Blocks(_Tiles):
   shape: tuple[int, ...]
 
   def __post_init__(self):
+    if not isinstance(self.shape, Sequence):
+      raise ValueError(f"the shape of a block must be a tuple, got {self.shape!r}.")
     for size in self.shape:
       arguments.check_integer("the shape of a block", size, at_least=1)
 
@@ -267,6 +273,14 @@ def check(masks: PyTree, pattern: Pattern, prunable: Prunable = is_kernel) -> No
   for name, mask in pool.items():
     if not pattern.follows(mask):
       raise ValueError(f"the mask of {name!r} does not have the pattern {pattern}.")
+
+
+def check_is_pattern(pattern: Any) -> None:
+  """Raises a ValueError if this is none."""
+  if not isinstance(pattern, Pattern):
+    raise ValueError(
+      f"pattern must be one of sparsejax.patterns, such as NM(2, 4) or Channels(), got {pattern!r}."
+    )
 
 
 def check_fit(pool: PyTree, pattern: Pattern) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparsejax import allocation as allocation_lib
@@ -34,6 +35,13 @@ def on_grid(begin: int, every: int, end: int | None) -> Callable[[jax.Array], ja
     return on_grid if end is None else (on_grid & (count <= end)) | (count == end)
 
   return due
+
+
+def on_the_way(initial: float, rise: float | jax.Array, part: jax.Array) -> jax.Array:
+  """The sparsity after such a part of the rise from the initial one, however it is compiled."""
+  # Nothing returns where a ramp falls. And a maximum in between keeps compilers from contracting
+  # the product and the sum, which would be another number.
+  return initial + jnp.maximum(rise * part, 0)
 
 
 def from_criteria(*stages: Stage, **scorers: Score | Criterion) -> Rule:
@@ -86,7 +94,7 @@ def prune_lowest(
     weights = jax.tree.leaves(call.params)
     if not weights:
       return call.masks
-    shapes = [pattern.units(w.shape) for w in weights]
+    shapes = [w.shape for w in weights]
     k = counts.from_ints(
       goal(
         call.count,
@@ -97,7 +105,7 @@ def prune_lowest(
     masks = [pattern.pool_mask(m) for m in jax.tree.leaves(call.masks)]
     active = None if revive else masks
     number = None
-    if active is not None and k.low.shape[0] == len(active):
+    if active is not None and pattern == SINGLE and k.low.shape[0] == len(active):
       number = k - counts.widen(jnp.stack([counts.count_true(~m)[0] for m in active]))
     ranked = _ranked("drop", criterion, call, number, pattern=pattern)
     has_say = [None] * len(masks) if revive else masks
@@ -223,7 +231,9 @@ def _ranked(
 ) -> dict[str, Any]:
   """Arguments for a selection: values, and a score of them whose lowest are to be chosen."""
   if pattern != SINGLE:
-    ranked = _ranked(role, criterion, call, highest=highest, pattern=SINGLE)
+    # Of what is pruned together, a number says nothing about single weights.
+    number = number if pattern.regrows_in_groups else None
+    ranked = _ranked(role, criterion, call, number, highest=highest, pattern=SINGLE)
     return dict(values=[pattern.pool(ranked["score"](v)) for v in ranked["values"]])
   if criterion is criteria.magnitude or (criterion is criteria.gradient and call.grad is not None):
     # Such scores are exact, so that they need not be written to memory.
@@ -276,17 +286,17 @@ def _scores(
     statistics = treedef.flatten_up_to(call.statistics[role])
   for i, ((path, _), leaf) in enumerate(zip(paths, _leaves(call, number))):
     if isinstance(criterion, Criterion):
-      score = jnp.asarray(criterion.score(leaf, statistics[i]))
+      score = criterion.score(leaf, statistics[i])
     else:
       score = criterion(leaf)
-      if callable(score):
-        raise ValueError(f"{criterion} returns a function, not scores: call it first.")
-      score = jnp.asarray(score)
-    if score.shape != leaf.weight.shape or score.dtype not in ordinals.FLOATS:
+      if callable(score) or isinstance(score, Criterion):
+        raise ValueError(f"{criterion} returns a criterion, not scores: call it first.")
+    is_array = isinstance(score, (jax.Array, np.ndarray))
+    if not is_array or score.shape != leaf.weight.shape or score.dtype not in ordinals.FLOATS:
+      got = f"{score.dtype}{list(score.shape)}" if is_array else repr(score)
       raise ValueError(
-        "a criterion must return one floating-point score for each weight, got"
-        f" {score.dtype}{list(score.shape)} for {masks_lib.path_name(path)!r} of shape"
-        f" {list(leaf.weight.shape)}."
+        f"a criterion must return one floating-point score for each weight, got {got} for"
+        f" {masks_lib.path_name(path)!r} of shape {list(leaf.weight.shape)}."
       )
-    found.append(score)
+    found.append(jnp.asarray(score))
   return found

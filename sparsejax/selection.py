@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import PyTreeDef
 
 from sparsejax import counts
 from sparsejax.counts import Count
@@ -54,6 +55,22 @@ def select_smallest(scores: PyTree, k: Any, *, among: PyTree | None = None) -> P
     >>> sparsejax.select_smallest(scores, 2)
     {'a': Array([False,  True], dtype=bool), 'b': Array([[False,  True]], dtype=bool)}
   """
+  leaves, treedef = check_scores(scores)
+  k = _count_of(k, treedef)
+  if among is None:
+    return jax.tree.unflatten(treedef, select(leaves, k))
+  candidates, among_treedef = jax.tree.flatten(among)
+  if among_treedef != treedef or any(np.shape(c) != s.shape for c, s in zip(candidates, leaves)):
+    raise ValueError(
+      "`among` must be a boolean tree with the structure and shapes of `scores`, got"
+      f" {jax.tree.map(np.shape, among)} for {jax.tree.map(np.shape, scores)}."
+    )
+  selected = select_among(leaves, k, [jnp.asarray(c, bool) for c in candidates])
+  return jax.tree.unflatten(treedef, selected)
+
+
+def check_scores(scores: PyTree) -> tuple[list[jax.Array], PyTreeDef]:
+  """The leaves of a tree of scores, and its structure; a ValueError names a leaf that is none."""
   paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(scores)
   leaves = []
   for path, leaf in paths_and_leaves:
@@ -70,21 +87,10 @@ def select_smallest(scores: PyTree, k: Any, *, among: PyTree | None = None) -> P
         " it along its first axis."
       )
     leaves.append(leaf)
-
-  k = _count_of(k, treedef)
-  if among is None:
-    return jax.tree.unflatten(treedef, select(leaves, k))
-  candidates, among_treedef = jax.tree.flatten(among)
-  if among_treedef != treedef or any(np.shape(c) != s.shape for c, s in zip(candidates, leaves)):
-    raise ValueError(
-      "`among` must be a boolean tree with the structure and shapes of `scores`, got"
-      f" {jax.tree.map(np.shape, among)} for {jax.tree.map(np.shape, scores)}."
-    )
-  selected = select_among(leaves, k, [jnp.asarray(c, bool) for c in candidates])
-  return jax.tree.unflatten(treedef, selected)
+  return leaves, treedef
 
 
-def _count_of(k: Any, treedef) -> Count:
+def _count_of(k: Any, treedef: PyTreeDef) -> Count:
   """Checks the argument k and returns one count for all leaves, or one for each."""
   per_leaf, k_treedef = jax.tree.flatten(k)
   is_one = len(per_leaf) == 1 and jax.tree_util.treedef_is_leaf(k_treedef)

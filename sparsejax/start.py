@@ -44,6 +44,7 @@ def initial_masks(
   *,
   pattern: Pattern,
   final: PyTree,
+  final_allocation: Allocation,
 ) -> Callable[[PyTree, PyTree], PyTree]:
   """The masks that training starts with, as `transform.masked_updates` takes them.
 
@@ -53,7 +54,8 @@ def initial_masks(
     allocation: of the weights that are drawn.
     key: for the drawing.
     pattern: what is pruned together, and what has to stay.
-    final: the sparsity at the end, which must not be lower in any leaf.
+    final: the sparsity at the end, which must not be lower in any leaf; None with masks.
+    final_allocation: how that is shared out.
   """
   is_given, is_dense = masks is not None, isinstance(sparsity, float) and sparsity == 0
   # Weights of given sparsities per leaf are drawn too: an allocation has nothing to do there.
@@ -68,16 +70,22 @@ def initial_masks(
 
   def masks_of(params, pool):
     patterns.check_fit(pool, pattern)
-    if not allocation_lib.is_scalar(final) and isinstance(sparsity, float):
-      for name, value in masks_lib.leaves_by_name(final).items():
-        in_pool = name in masks_lib.leaves_by_name(pool)
-        if in_pool and isinstance(value, float) and value < sparsity:
-          raise ValueError(
-            f"the final sparsity of {name!r}, {value}, is below that of the start, {sparsity}."
-          )
+    found = start_of(params, pool)
+    if final is not None:
+      at_end = allocation_lib.check_pool(final, params, pool, final_allocation, pattern)
+      is_drawn = not (is_given or by_magnitude)
+      at_start = (
+        allocation_lib.check_pool(sparsity, params, pool, allocation, pattern)
+        if is_drawn
+        else _count_pruned(found, pattern)
+      )
+      _check_rise(pool, at_start, at_end)
+    return found
+
+  def start_of(params, pool):
     if is_given:
       found = masks_lib.by_name(masks, params, pool)
-      _check_all_true(masks, params, besides=masks_lib.leaves_by_name(pool))
+      check_all_true(masks, params, besides=masks_lib.leaves_by_name(pool))
       return found
     if is_dense:
       return masks_lib.all_true(pool)
@@ -102,7 +110,29 @@ def initial_masks(
   return masks_of
 
 
-def _check_all_true(masks: PyTree, params: PyTree, besides: Container[str]) -> None:
+def _count_pruned(masks: PyTree, pattern: Pattern) -> np.ndarray | None:
+  """How much masks prune in each leaf, if they are known."""
+  units = [pattern.pool_mask(mask) for mask in jax.tree.leaves(masks)]
+  kept = [masks_lib.count_kept(mask) for mask in units]
+  if any(isinstance(number, jax.core.Tracer) for number in kept):
+    return None
+  return np.array([mask.size - int(number) for mask, number in zip(units, jax.device_get(kept))])
+
+
+def _check_rise(pool: PyTree, at_start: np.ndarray | None, at_end: np.ndarray | None) -> None:
+  """Raises a ValueError if a leaf is known to be sparser at the start than at the end."""
+  names = list(masks_lib.leaves_by_name(pool))
+  if any(known is None or len(known) != len(names) for known in (at_start, at_end)):
+    return
+  for name, first, last in zip(names, at_start, at_end):
+    if first > last:
+      raise ValueError(
+        f"{name!r} starts with {first} pruned and is to end with {last}, but none returns: lower"
+        " `initial`, or share out the start like the end."
+      )
+
+
+def check_all_true(masks: PyTree, params: PyTree, besides: Container[str]) -> None:
   """Raises a ValueError if masks are known to prune parameters besides those named."""
   weights = masks_lib.leaves_by_name(params)
   for name, mask in masks_lib.leaves_by_name(masks).items():

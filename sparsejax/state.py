@@ -1,6 +1,6 @@
 """The state of a pruning transformation, and the masks in the state of any optimizer around it."""
 
-from collections.abc import Iterator
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -53,26 +53,19 @@ def get_masks(opt_state: PyTree, params: PyTree) -> PyTree:
     >>> sparsejax.get_masks(tx.init(params), params)["bias"]
     Array([ True,  True], dtype=bool)
   """
-  states = list(_states(opt_state))
-  if not states:
-    raise ValueError(
-      "there are no masks in this optimizer state: chain a transformation of sparsejax, such as"
-      " progressive_pruning, after the optimizer."
-    )
-  found = {}
-  for state in states:
+  found, by_name = {}, {}
+  for state in _states(opt_state):
     for path, mask in jax.tree_util.tree_leaves_with_path(packing.unpack(state.masks, params)):
       found.setdefault(masks_lib.strip_value(path), []).append(mask)
+      by_name.setdefault(masks_lib.path_name(path), []).append(mask)
 
   def full_mask(path, leaf):
-    mask = jnp.ones_like(leaf, dtype=bool)
-    for other in found.get(masks_lib.strip_value(path), ()):
-      mask &= other
-    return mask
+    # By name where the parameters are in another container, such as a module of Flax NNX.
+    masks = found.get(masks_lib.strip_value(path)) or by_name.get(masks_lib.path_name(path), [])
+    return functools.reduce(jnp.logical_and, masks, jnp.ones_like(leaf, dtype=bool))
 
   shapes = masks_lib.leaves_by_name(params)
-  for path, masks in found.items():
-    name = masks_lib.path_name(path)
+  for name, masks in by_name.items():
     for mask in masks:
       masks_lib.check_same_shapes(
         {name: mask},
@@ -90,11 +83,21 @@ def mask_bytes(opt_state: PyTree) -> int:
   return sum(mask.size * mask.dtype.itemsize for mask in masks)
 
 
-def _states(opt_state: PyTree) -> Iterator[MaskedUpdatesState]:
-  for leaf in jax.tree.leaves(opt_state, is_leaf=_is_state):
-    if _is_state(leaf):
-      yield leaf
-      yield from _states(leaf.inner)
+def _states(opt_state: PyTree) -> list[MaskedUpdatesState]:
+  """Those of all transformations of this library; a ValueError if there is none."""
+
+  def find(tree):
+    for leaf in jax.tree.leaves(tree, is_leaf=_is_state):
+      if _is_state(leaf):
+        yield leaf
+        yield from find(leaf.inner)
+
+  if not (found := list(find(opt_state))):
+    raise ValueError(
+      "there are no masks in this optimizer state: chain a transformation of sparsejax, such as"
+      " progressive_pruning, after the optimizer."
+    )
+  return found
 
 
 def _is_state(x: Any) -> bool:

@@ -163,6 +163,12 @@ def masked_updates(
     arguments.check_key(key)
   _check_combination(inner, after_step, skip_step, moments, keep_weights)
   rule = rule if isinstance(rule, Rule) else Rule((rule,))
+  for name, function in (("due", due), ("prunable", prunable)):
+    arguments.check_callable(name, function)
+  if not isinstance(rule.stages, Sequence):
+    raise ValueError(f"the stages of a Rule must be a sequence of functions, got {rule.stages!r}.")
+  for stage in rule.stages:
+    arguments.check_callable("a stage of the rule", stage)
   inner = None if inner is None else optax.with_extra_args_support(inner)
   store = packing.pack if pack else lambda masks: masks
 
@@ -186,6 +192,11 @@ def masked_updates(
       raise ValueError(
         "pruning needs the weights: call update(updates, state, params) with the parameters as"
         " third argument."
+      )
+    if not isinstance(state, MaskedUpdatesState):
+      raise ValueError(
+        "the second argument must be the optimizer state: call update(updates, state, params), got"
+        f" {type(state).__name__}."
       )
     load = functools.partial(packing.unpack, params=params)
     before = load(state.masks)

@@ -276,6 +276,7 @@ def test_each_leaf_may_have_one_of_several_sparsities_of_its_own():
     ((0.5, 0.9), 0.0, "the index of OneOf must be one integer, got 0.0"),
     ((0.5, 0.9), jnp.arange(2), "the index of OneOf must be one integer"),
     ((0.5, 0.9), True, "the index of OneOf must be one integer, got True"),
+    (0.5, 0, r"values of OneOf must be several numbers, got 0\.5"),
   ],
 )
 def test_one_of_several_sparsities_is_checked(values, index, said):

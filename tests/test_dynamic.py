@@ -1058,8 +1058,9 @@ def test_leaves_that_would_have_to_become_denser_are_an_error():
   tx = sparsejax.granet(
     SGD, sparsity=sparsities, initial=0.5, steps=4, every=1, fraction=0.1, key=KEY
   )
-  with pytest.raises(ValueError, match="is below that of the start"):
-    tx.init(params)
+  for init in (tx.init, jax.jit(tx.init)):
+    with pytest.raises(ValueError, match=r"starts with .* pruned and is to end with .* returns"):
+      init(params)
 
 
 def test_of_an_odd_number_the_positive_weights_give_one_more():
@@ -1069,3 +1070,105 @@ def test_of_an_odd_number_the_positive_weights_give_one_more():
   # Where there are too few of one sign, the other makes up for it.
   leaf = criteria.Leaf(jnp.abs(weight), weight > 0, count=jnp.uint32(2))
   np.testing.assert_array_equal(criteria.each_sign(leaf) == 0, [1, 1, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize(
+  ("name", "weight", "gradient"),
+  [
+    # Too large for float16: all would be infinite.
+    ("reciprocal_sensitivity", np.linspace(1, 2, 8), np.full(8, 2e-6)),
+    ("sensitivity", np.full(8, 2e-6), np.linspace(1, 2, 8)),
+    # Too close for either: all would be equal.
+    ("mest", np.ones(8), np.linspace(1e-4, 2e-4, 8)),
+    ("gradient_step", np.ones(8), -np.linspace(1e-4, 2e-4, 8)),
+  ],
+)
+def test_scores_of_half_precision_numbers_are_told_apart(name, weight, gradient, dtype):
+  leaf = criteria.Leaf(
+    jnp.asarray(weight, dtype), jnp.ones(8, bool), gradient=jnp.asarray(gradient, dtype)
+  )
+  scores = np.asarray(criteria.BY_NAME[name](leaf), np.float64)
+  assert np.isfinite(scores).all() and (np.diff(scores) > 0).all()
+
+
+@pytest.mark.parametrize("sparsity", [0.729, 0.9])
+def test_a_traced_ramp_prunes_as_many_however_it_is_compiled(sparsity):
+  params = {"kernel": jnp.zeros((2000, 3000))}
+
+  def masks_of(tx, count):
+    _, state = tx.update(params, tx.init(params)._replace(count=count), params)
+    return jnp.sum(~state.masks["kernel"])
+
+  ramp = optax.linear_schedule(0.0, 1.0, 7)
+  links = (
+    lambda s: sparsejax.progressive_pruning(s, steps=7, every=1, initial=0.1),
+    lambda s: sparsejax.dynamic_sparse_training(
+      SGD, sparsity=s, initial=0.1, ramp=ramp, fraction=0.0, every=1, allocation="global"
+    ),
+  )
+  for link in links:
+    at = lambda s, count, link=link: masks_of(link(s), count)
+    compiled = jax.jit(at)
+    for count in range(1, 7):
+      arguments = jnp.float32(sparsity), jnp.int32(count)
+      assert at(*arguments) == compiled(*arguments)
+
+
+def test_a_ramp_in_each_layer_that_starts_beyond_its_end_in_one_is_an_error():
+  params = {"a": jnp.ones((100, 100)), "b": jnp.ones((100, 20))}
+  options = dict(initial=0.5, steps=4, every=1, fraction=0.0, key=KEY)
+  # The start is an allocation of 0.5 to all, by which the larger leaf is sparser than that.
+  match = "'a' starts with 6000 pruned and is to end with 5000, but none returns"
+  for end in (dict(sparsity={"a": 0.5, "b": 0.5}), dict(sparsity=0.5, ramp_allocation="uniform")):
+    with pytest.raises(ValueError, match=match):
+      sparsejax.granet(SGD, **end, **options).init(params)
+  masks = sparsejax.masks_from_scores(params, 0.5, allocation="erk")
+  with pytest.raises(ValueError, match=match):
+    sparsejax.granet(SGD, sparsity=0.5, ramp_allocation="uniform", masks=masks, **options).init(
+      params
+    )
+  sparsejax.granet(
+    SGD, sparsity=0.5, ramp_allocation="uniform", allocation="uniform", **options
+  ).init(params)
+
+
+def test_a_schedule_that_is_nan_prunes_nothing_however_it_is_shared_out():
+  params = draw(SHAPES)
+  for kind in ("global", "uniform", "erk"):
+    tx = sparsejax.gradual_pruning(lambda count: jnp.nan, every=1, allocation=kind)
+    _, state = tx.update(params, tx.init(params), params)
+    assert sparsejax.sparsity(sparsejax.get_masks(state, params)) == 0
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda params: sparsejax.one_shot_pruning(0.9999, at=0).init(params),
+    lambda params: sparsejax.granet(
+      SGD, sparsity=0.9999, steps=4, every=1, fraction=0.1, key=KEY
+    ).init(params),
+  ],
+)
+def test_a_sparsity_by_which_nothing_would_be_left_is_warned_of(make):
+  with pytest.warns(UserWarning, match="none of the .* prunable weights would be left"):
+    make(draw(SHAPES))
+
+
+@pytest.mark.parametrize(
+  ("criterion", "message"),
+  [
+    (lambda leaf: None, r"got None for 'conv/kernel' of shape \["),
+    (lambda leaf: leaf.mask, r"got bool\["),
+    (criteria.running_magnitude, "returns a criterion, not scores: call it first"),
+    (criteria.mest, "returns a criterion, not scores: call it first"),
+  ],
+)
+def test_what_are_no_scores_is_an_error_that_says_what_was_returned(criterion, message):
+  with pytest.raises(ValueError, match=message):
+    trace(drop=criterion)
+
+
+def test_a_decay_of_one_or_more_is_an_error():
+  with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1\.5"):
+    criteria.running_magnitude(1.5)

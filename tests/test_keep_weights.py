@@ -165,3 +165,17 @@ def test_masks_on_eight_devices_are_those_on_one():
     masks.append(state[1].masks["kernel"])
   np.testing.assert_array_equal(*masks)
   assert masks[1].sharding.is_equivalent_to(spec, 2)
+
+
+def test_a_running_average_is_of_pruned_weights_too_so_that_they_return():
+  pruning = sparsejax.gradual_pruning(
+    optax.constant_schedule(0.5),
+    every=1,
+    keep_weights=True,
+    criterion=sparsejax.criteria.running_magnitude(0.5),
+  )
+  before, after = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[100.0, 200.0], [3.0, 4.0]])
+  state = pruning.init({"kernel": before})
+  for kernel, rows in ((before, [False, True]), (after, [True, False])):
+    _, state = pruning.update({"kernel": kernel}, state, {"kernel": kernel})
+    np.testing.assert_array_equal(state.masks["kernel"][:, 0], rows)

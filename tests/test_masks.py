@@ -324,6 +324,12 @@ def test_nan_scores_are_kept():
   np.testing.assert_array_equal(np.asarray(masks["w"]), [[True, False, False, False]])
 
 
+@pytest.mark.parametrize("scores", [jnp.arange(9).reshape(3, 3), np.ones((3, 3), bool)])
+def test_scores_that_are_no_floating_point_numbers_are_an_error_that_names_them(scores):
+  with pytest.raises(ValueError, match=r"floating-point numbers, but .*kernel.* has dtype"):
+    sparsejax.masks_from_scores({"kernel": scores}, 0.5)
+
+
 def test_an_unknown_allocation_is_an_error_that_names_the_known_ones():
   with pytest.raises(ValueError, match="layerwise") as error:
     sparsejax.masks_from_scores(small_scores(), 0.5, allocation="layerwise")

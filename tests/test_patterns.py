@@ -216,24 +216,122 @@ def test_more_pruning_than_a_pattern_allows_is_an_error():
     sparsejax.masks_from_scores(params, 0.5, allocation="erk", pattern=NM(2, 4))
 
 
-@pytest.mark.parametrize("options", [dict(redistribute=lambda leaf: 1.0), dict(exact_growth=False)])
-def test_what_would_grow_elsewhere_is_an_error_with_n_of_m(options):
-  with pytest.raises(ValueError, match="what is dropped in a group grows there"):
+@pytest.mark.parametrize(
+  ("options", "pattern"),
+  [
+    (dict(redistribute=lambda leaf: 1.0), NM(2, 4)),
+    (dict(exact_growth=False), NM(2, 4)),
+    (dict(exact_growth=False), Blocks((2, 2))),
+  ],
+)
+def test_what_would_grow_elsewhere_is_an_error(options, pattern):
+  with pytest.raises(ValueError, match=r"grows there|for single weights"):
     sparsejax.dynamic_sparse_training(
-      SGD, sparsity=0.5, fraction=0.3, every=1, grow="random", key=KEY, pattern=NM(2, 4), **options
+      SGD, sparsity=0.5, fraction=0.3, every=1, grow="random", key=KEY, pattern=pattern, **options
     )
 
 
-def test_dropping_of_each_sign_is_not_for_tiles():
+def test_set_drops_a_fraction_of_each_sign_and_keeps_n_of_m():
   params = make_params()
   tx = sparsejax.sparse_evolutionary_training(
-    SGD, sparsity=0.5, every=1, allocation="uniform", key=KEY, pattern=Channels()
+    SGD, sparsity=0.5, every=1, allocation="uniform", key=KEY, pattern=NM(2, 4)
   )
-  with pytest.raises(ValueError, match="drop in each layer"):
-    tx.update(params, tx.init(params), params)
+  state = tx.init(params)
+  before = sparsejax.get_masks(state, params)
+  params = sparsejax.apply_masks(params, before)
+  nothing = jax.tree.map(jnp.zeros_like, params)
+  _, state = tx.update(nothing, state, params)
+  after = sparsejax.get_masks(state, params)
+  patterns.check(after, NM(2, 4))
+  for name in ("conv", "dense"):
+    weight, mask = np.asarray(params[name]), np.asarray(before[name])
+    expected = np.zeros_like(mask)
+    number = round(np.float32(0.3) * mask.sum())
+    positive = round(np.float32((weight > 0).sum() / mask.sum()) * number)
+    for sign, count in ((1, positive), (-1, number - positive)):
+      size = np.where(mask & (sign * weight > 0), sign * weight, np.inf)
+      expected.flat[np.argsort(size, axis=None, kind="stable")[:count]] = True
+    gone = mask & ~np.asarray(after[name])
+    # Some of what was dropped grows again at once.
+    assert gone.any() and not (gone & ~expected).any()
 
 
-@pytest.mark.parametrize("make", [lambda: NM(4, 4), lambda: NM(0, 4), lambda: Blocks((0, 2))])
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda: sparsejax.sparse_evolutionary_training(
+      SGD, sparsity=0.5, every=1, key=KEY, pattern=Channels()
+    ),
+    lambda: sparsejax.dynamic_sparse_training(
+      SGD,
+      sparsity=0.5,
+      fraction=0.3,
+      every=1,
+      key=KEY,
+      pattern=NM(2, 4),
+      drop="each_sign",
+      ramp=lambda count: 1.0,
+    ),
+    lambda: sparsejax.one_shot_pruning(0.5, at=0, criterion="each_sign", pattern=NM(2, 4)),
+  ],
+)
+def test_dropping_of_each_sign_is_not_for_what_a_pattern_decides(make):
+  with pytest.raises(ValueError, match=r"each_sign.* says which single weights go, which"):
+    make()
+
+
+@pytest.mark.parametrize("pattern", ["2:4", (2, 4), Channels])
+def test_what_is_no_pattern_is_an_error(pattern):
+  match = "pattern must be one of sparsejax.patterns"
+  with pytest.raises(ValueError, match=match):
+    sparsejax.one_shot_pruning(0.5, at=0, pattern=pattern)
+  with pytest.raises(ValueError, match=match):
+    sparsejax.rigl(SGD, sparsity=0.5, every=1, end=5, key=KEY, pattern=pattern)
+  with pytest.raises(ValueError, match=match):
+    sparsejax.masks_from_scores(make_params(), 0.5, pattern=pattern)
+
+
+def test_an_allocation_is_by_the_shapes_of_kernels_whatever_is_pruned_together():
+  seen = []
+
+  def allocation(shapes, density):
+    seen.extend(shapes)
+    return [density] * len(shapes)
+
+  params = make_params()
+  options = dict(allocation=allocation, pattern=Channels())
+  sparsejax.masks_from_scores(params, 0.5, **options)
+  tx = sparsejax.one_shot_pruning(0.5, at=0, **options)
+  tx.update(params, tx.init(params), params)
+  assert set(seen) == {(3, 3, 8, 12), (16, 24)}
+  masks = sparsejax.masks_from_scores(params, 0.5, allocation="erk", pattern=Channels())
+  densities = sparsejax.allocation.densities([(3, 3, 8, 12), (16, 24)], 0.5, "erk")
+  for name, channels, density in zip(("conv", "dense"), (12, 24), densities):
+    kept = np.asarray(masks[name]).reshape(-1, channels).any(axis=0).sum()
+    assert kept == round(density * channels)
+
+
+def test_scores_that_are_nan_stay_as_far_as_n_of_m_can():
+  scores = np.array([1.0, 2.0, 3.0, 4.0, np.nan, np.nan, np.nan, 1.0])
+  for prune in (
+    lambda p: sparsejax.masks_from_scores(p, 0.5, pattern=NM(2, 4)),
+    lambda p: masks_of_one_shot(p, NM(2, 4)),
+  ):
+    masks = prune({"a": jnp.asarray(scores, jnp.float32)[:, None]})
+    patterns.check(masks, NM(2, 4))
+    np.testing.assert_array_equal(masks["a"][:4, 0], [False, False, True, True])
+    assert not masks["a"][7, 0]
+
+
+def masks_of_one_shot(params, pattern):
+  tx = sparsejax.one_shot_pruning(0.5, at=0, pattern=pattern)
+  _, state = tx.update(params, tx.init(params), params)
+  return sparsejax.get_masks(state, params)
+
+
+@pytest.mark.parametrize(
+  "make", [lambda: NM(4, 4), lambda: NM(0, 4), lambda: Blocks((0, 2)), lambda: Blocks(4)]
+)
 def test_an_impossible_pattern_is_an_error(make):
   with pytest.raises(ValueError, match=r"must be|less than"):
     make()

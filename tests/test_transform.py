@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import sparsejax
 from sparsejax import criteria
@@ -232,6 +233,53 @@ def test_fixed_masks_leave_counters_and_leaves_without_a_mask_alone(params):
   chex.assert_trees_all_equal(after.masks, before.masks)
 
 
+def test_fixed_masks_that_prune_what_is_no_weight_are_an_error(params):
+  tree = {**params, "steps": jnp.int32(3)}
+  masks = {**sparsejax.masks_from_scores(params, 0.5), "steps": jnp.bool_(False)}
+  with pytest.raises(ValueError, match="the masks prune 'steps', which is not prunable"):
+    sparsejax.fixed_masks(masks).init(tree)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_masks_are_found_for_parameters_in_another_container(pack):
+  model = nnx.Linear(8, 16, rngs=nnx.Rngs(0))
+  pruning = sparsejax.one_shot_pruning(0.5, at=0, pack=pack)
+  optimizer = nnx.Optimizer(model, optax.chain(optax.sgd(0.1), pruning), wrt=nnx.Param)
+  optimizer.update(model, nnx.state(model, nnx.Param))
+  expected = sparsejax.get_masks(optimizer.opt_state, nnx.state(model, nnx.Param))
+  found = sparsejax.get_masks(optimizer.opt_state, model)
+  assert sparsejax.sparsity(found) == sparsejax.sparsity(expected) == 0.5
+  chex.assert_trees_all_equal(jax.tree.leaves(found), jax.tree.leaves(expected))
+
+
+def test_a_state_without_masks_has_no_memory_of_masks_either(params):
+  masks = sparsejax.masks_from_scores(params, 0.5)
+  with pytest.raises(ValueError, match="no masks in this optimizer state"):
+    sparsejax.summary(params, masks, opt_state=params)
+
+
+def test_arguments_that_are_swapped_or_no_functions_are_errors(params):
+  tx = sparsejax.one_shot_pruning(0.5, at=0)
+  with pytest.raises(ValueError, match=r"call update\(updates, state, params\), got dict"):
+    tx.update(params, params, tx.init(params))
+  rule, due = lambda call: call.masks, lambda count: True
+  with pytest.raises(ValueError, match="due must be a function, got 100"):
+    sparsejax.masked_updates(rule, due=100)
+  with pytest.raises(ValueError, match="prunable must be a function, got 'kernel'"):
+    sparsejax.masked_updates(rule, due=due, prunable="kernel")
+  with pytest.raises(ValueError, match="stages of a Rule must be a sequence"):
+    sparsejax.masked_updates(sparsejax.Rule(rule), due=due)
+  with pytest.raises(ValueError, match="a stage of the rule must be a function, got 3"):
+    sparsejax.masked_updates(3, due=due)
+
+
+def test_a_ramp_may_begin_at_the_last_call_that_can_be_counted(params):
+  tx = sparsejax.one_shot_pruning(0.5, at=2**31 - 1)
+  state = tx.init(params)._replace(count=jnp.int32(2**31 - 1))
+  _, state = tx.update(params, state, params)
+  assert sparsejax.sparsity(sparsejax.get_masks(state, params)) == pytest.approx(0.5, abs=1e-2)
+
+
 def test_small_numpy_integers_do_not_overflow(params):
   tx = sparsejax.progressive_pruning(0.5, steps=np.int16(250), every=np.uint8(200))
   state = tx.init(params)
@@ -260,7 +308,7 @@ def test_an_initial_sparsity_has_to_be_a_number_known_beforehand():
 
 
 def test_a_key_that_is_none_is_an_error():
-  with pytest.raises(ValueError, match="key must be a random key, got 42"):
+  with pytest.raises(ValueError, match="key must be one random key, got 42"):
     sparsejax.one_shot_pruning(0.5, at=0, criterion=criteria.random, key=42)
 
 
