@@ -136,6 +136,9 @@ def check_all_true(masks: PyTree, params: PyTree, besides: Container[str]) -> No
   """Raises a ValueError if masks are known to prune parameters besides those named."""
   weights = masks_lib.leaves_by_name(params)
   for name, mask in masks_lib.leaves_by_name(masks).items():
-    is_pruned = not isinstance(mask, jax.core.Tracer) and not np.all(mask)
-    if is_pruned and name in weights and name not in besides:
+    if isinstance(mask, jax.core.Tracer) or name in besides or name not in weights:
+      continue
+    with jax.ensure_compile_time_eval():
+      is_all_true = bool(jnp.all(mask))
+    if not is_all_true:
       raise ValueError(f"the masks prune {name!r}, which is not prunable: see `prunable`.")

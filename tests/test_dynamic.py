@@ -1172,3 +1172,17 @@ def test_what_are_no_scores_is_an_error_that_says_what_was_returned(criterion, m
 def test_a_decay_of_one_or_more_is_an_error():
   with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1\.5"):
     criteria.running_magnitude(1.5)
+
+
+def test_masks_that_are_given_are_checked_and_taken_in_a_jitted_init_too():
+  params = draw(SHAPES)
+  masks = sparsejax.masks_from_scores(params, 0.5)
+  tx = sparsejax.static_sparse_training(SGD, masks=masks)
+  found = sparsejax.get_masks(jax.jit(tx.init)(params), params)
+  assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), found, masks)))
+  name = next(name for name, weight in params.items() if weight.ndim < 2)
+  spoiled = {**masks, name: jnp.zeros_like(masks[name])}
+  tx = sparsejax.static_sparse_training(SGD, masks=spoiled)
+  for init in (tx.init, jax.jit(tx.init)):
+    with pytest.raises(ValueError, match=f"the masks prune '{name}', which is not prunable"):
+      init(params)

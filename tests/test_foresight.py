@@ -817,7 +817,7 @@ def test_batches_that_cannot_be_gone_through_twice_are_an_error():
 
 
 def test_a_key_that_is_no_key_is_an_error():
-  with pytest.raises(ValueError, match="key must be a random key, got 0"):
+  with pytest.raises(ValueError, match="key must be one random key, got 0"):
     foresight.random(make_params(), 0)
 
 
