@@ -187,7 +187,7 @@ def check_pool(
     pattern: what is pruned together, and what has to stay.
 
   Returns:
-    How many weights are pruned, see `count_pruned`, if that is known.
+    How many weights are pruned, see `count_pruned`, if that is known, and not zero.
 
   Raises:
     ValueError: if the sparsity does not match the tree, or the pattern does not fit a shape.
@@ -197,7 +197,8 @@ def check_pool(
   shapes = [np.shape(leaf) for leaf in jax.tree.leaves(pool)]
   sparsity = for_leaves(sparsity, pool)
   known = sparsity if isinstance(sparsity, list) else [sparsity]
-  if not all(isinstance(s, float) for s in known):
+  # An allocation is not asked for the shares of everything.
+  if not all(isinstance(s, float) for s in known) or not any(known):
     return None
   pruned = count_pruned(shapes, sparsity, allocation, pattern)
   if message := _nothing_left([math.prod(pattern.units(shape)) for shape in shapes], pruned):

@@ -267,7 +267,7 @@ def check_pattern(criterion: Score | Criterion, pattern: Pattern, *, only_drops:
     pattern: what is pruned together, and what has to stay.
     only_drops: whether as many grow again, so that N:M may drop any weights.
   """
-  if criterion not in (each_sign, each_sign_in_proportion):
+  if not any(criterion is each for each in (each_sign, each_sign_in_proportion)):
     return
   if pattern != SINGLE and not (only_drops and pattern.regrows_in_groups):
     raise ValueError(

@@ -14,7 +14,8 @@ one by one. Hardware and libraries that make use of sparsity may want more order
   All weights at one index of an axis, by default the output units of a layer.
 
 Blocks and channels have the mean score of their weights, and a sparsity is the fraction of them
-that is pruned; an allocation shares it out by the shapes of the kernels. Scores are added up in an
+that is pruned. (An allocation gives each layer a fraction of its own, by the shapes of the kernels;
+overall the sparsity is that of the weights then, up to whole blocks.) Scores are added up in an
 order that may depend on the sharding where a block or a channel is shared by devices; masks of N:M
 do not depend on it.
 
@@ -128,8 +129,9 @@ class NM(Pattern):
     )
     stays = stays < self.n
     stays = stays if active is None else stays & active
-    # A NaN of the scores is kept as long as others can go, but not for one that has to stay.
-    return jnp.where(stays, jnp.nan, jnp.where(jnp.isnan(scores), jnp.inf, scores))
+    # NaN among the others is kept as long as they can go, but not in place of what has to stay.
+    others = jnp.minimum(scores, jnp.finfo(scores.dtype).max)
+    return jnp.where(stays, jnp.nan, jnp.where(jnp.isnan(scores), jnp.inf, others))
 
   def limit(self, pruned: np.ndarray | Count, shapes: Sequence[tuple[int, ...]]):
     room = np.array([math.prod(shape) // self.m * (self.m - self.n) for shape in shapes], np.uint64)

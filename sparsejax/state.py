@@ -53,26 +53,24 @@ def get_masks(opt_state: PyTree, params: PyTree) -> PyTree:
     >>> sparsejax.get_masks(tx.init(params), params)["bias"]
     Array([ True,  True], dtype=bool)
   """
-  found, by_name = {}, {}
+  shapes = masks_lib.leaves_by_name(params)
+  paths = {masks_lib.strip_value(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)}
+  found = {}
   for state in _states(opt_state):
     for path, mask in jax.tree_util.tree_leaves_with_path(packing.unpack(state.masks, params)):
-      found.setdefault(masks_lib.strip_value(path), []).append(mask)
-      by_name.setdefault(masks_lib.path_name(path), []).append(mask)
-
-  def full_mask(path, leaf):
-    # By name where the parameters are in another container, such as a module of Flax NNX.
-    masks = found.get(masks_lib.strip_value(path)) or by_name.get(masks_lib.path_name(path), [])
-    return functools.reduce(jnp.logical_and, masks, jnp.ones_like(leaf, dtype=bool))
-
-  shapes = masks_lib.leaves_by_name(params)
-  for name, masks in by_name.items():
-    for mask in masks:
+      name, path = masks_lib.path_name(path), masks_lib.strip_value(path)
       masks_lib.check_same_shapes(
         {name: mask},
         {name: shapes[name]} if name in shapes else {},
         "the masks",
         "the parameters",
       )
+      # By name where the parameters are in another container, such as a module of Flax NNX.
+      found.setdefault(path if path in paths else name, []).append(mask)
+
+  def full_mask(path, leaf):
+    masks = found.get(masks_lib.strip_value(path), []) + found.get(masks_lib.path_name(path), [])
+    return functools.reduce(jnp.logical_and, masks, jnp.ones_like(leaf, dtype=bool))
 
   return jax.tree_util.tree_map_with_path(full_mask, params)
 

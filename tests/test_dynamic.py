@@ -1186,3 +1186,27 @@ def test_masks_that_are_given_are_checked_and_taken_in_a_jitted_init_too():
   for init in (tx.init, jax.jit(tx.init)):
     with pytest.raises(ValueError, match=f"the masks prune '{name}', which is not prunable"):
       init(params)
+
+
+def test_a_dense_start_asks_no_allocation_and_two_that_round_differently_are_no_fall():
+  params = {"a": jnp.ones((4, 5)), "b": jnp.ones((4, 5))}
+
+  def only_below_one(shapes, density):
+    assert density < 1
+    return [1.2 * density, 0.8 * density]
+
+  options = dict(every=1, fraction=0.0, steps=2)
+  sparsejax.gradual_pruning(lambda count: 0.5, every=1, allocation=only_below_one).init(params)
+  ramp = dict(allocation=only_below_one, ramp_allocation=only_below_one)
+  sparsejax.granet(SGD, sparsity=0.5, **ramp, **options).init(params)
+  # Of 150 weights, ERK comes to 17 and a global sparsity to 16.
+  tx = sparsejax.granet(SGD, sparsity=0.11, initial=0.11, key=KEY, **options)
+  tx.init({"kernel": jnp.ones((10, 15))})
+
+
+def test_given_masks_that_are_sparser_than_the_end_of_a_ramp_are_an_error():
+  params = {"a": jnp.ones((100, 100)), "b": jnp.ones((100, 20))}
+  masks = sparsejax.masks_from_scores(params, 0.9, allocation="uniform")
+  tx = sparsejax.granet(SGD, sparsity=0.5, masks=masks, every=1, fraction=0.1, steps=2)
+  with pytest.raises(ValueError, match="the network starts with 10800 pruned and is to end with 6"):
+    tx.init(params)

@@ -321,6 +321,9 @@ def test_scores_that_are_nan_stay_as_far_as_n_of_m_can():
     patterns.check(masks, NM(2, 4))
     np.testing.assert_array_equal(masks["a"][:4, 0], [False, False, True, True])
     assert not masks["a"][7, 0]
+  scores = jnp.array([jnp.nan, jnp.nan, jnp.inf, jnp.inf])[:, None]
+  masks = sparsejax.masks_from_scores({"a": scores}, 0.25, pattern=NM(1, 2))
+  np.testing.assert_array_equal(masks["a"][:, 0], [True, True, False, True])
 
 
 def masks_of_one_shot(params, pattern):

@@ -252,6 +252,15 @@ def test_masks_are_found_for_parameters_in_another_container(pack):
   chex.assert_trees_all_equal(jax.tree.leaves(found), jax.tree.leaves(expected))
 
 
+def test_a_leaf_that_is_not_pruned_does_not_get_the_mask_of_its_namesake():
+  kernel = jnp.arange(1.0, 9.0).reshape(2, 4)
+  params = {"a/b": kernel, "a": {"b": kernel}}
+  tx = sparsejax.one_shot_pruning(0.5, at=0, prunable=lambda path, leaf: len(path) == 1)
+  _, state = tx.update(params, tx.init(params), params)
+  masks = sparsejax.get_masks(state, params)
+  assert masks["a"]["b"].all() and masks["a/b"].sum() == 4
+
+
 def test_a_state_without_masks_has_no_memory_of_masks_either(params):
   masks = sparsejax.masks_from_scores(params, 0.5)
   with pytest.raises(ValueError, match="no masks in this optimizer state"):
