@@ -32,16 +32,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import arguments, counts, patterns, selection
+from sparsejax import arguments, counts, patterns, selection, sparsities
 from sparsejax import masks as masks_lib
 from sparsejax.arguments import OneOf
 from sparsejax.counts import Count
 from sparsejax.masks import Prunable, PyTree, is_kernel
 from sparsejax.patterns import SINGLE, Pattern
+from sparsejax.sparsities import Sparsity
 
 Shapes = Sequence[tuple[int, ...]]
 Density = float | jax.Array
-Sparsity = Density | OneOf | PyTree
 Allocation = str | Callable[[Shapes, Density], Any]
 
 
@@ -160,10 +160,10 @@ def masks_from_scores(
   if not leaves:
     return masks_lib.all_true(scores)
   sparsity = arguments.check_sparsity("sparsity", sparsity, may_be_chosen=True)
-  check_leaves(sparsity, scores, pool)
+  sparsities.check_leaves(sparsity, scores, pool)
   patterns.check_fit(pool, pattern)
   shapes = [s.shape for s in leaves]
-  k = count_pruned(shapes, for_leaves(sparsity, pool), allocation, pattern)
+  k = count_pruned(shapes, sparsities.for_leaves(sparsity, pool), allocation, pattern)
   check_some_left([math.prod(pattern.units(shape)) for shape in shapes], k)
   ranked = [pattern.exempt(pattern.pool(s), None) for s in leaves]
   pruned = selection.select(ranked, counts.from_ints(k))
@@ -192,10 +192,10 @@ def check_pool(
   Raises:
     ValueError: if the sparsity does not match the tree, or the pattern does not fit a shape.
   """
-  check_leaves(sparsity, tree, pool)
+  sparsities.check_leaves(sparsity, tree, pool)
   patterns.check_fit(pool, pattern)
   shapes = [np.shape(leaf) for leaf in jax.tree.leaves(pool)]
-  sparsity = for_leaves(sparsity, pool)
+  sparsity = sparsities.for_leaves(sparsity, pool)
   known = sparsity if isinstance(sparsity, list) else [sparsity]
   # An allocation is not asked for the shares of everything.
   if not all(isinstance(s, float) for s in known) or not any(known):
@@ -204,49 +204,6 @@ def check_pool(
   if message := _nothing_left([math.prod(pattern.units(shape)) for shape in shapes], pruned):
     warnings.warn(message, stacklevel=2)
   return pruned
-
-
-def check_leaves(sparsity: Sparsity, tree: PyTree, pool: PyTree) -> None:
-  """Checks a tree of sparsities against a tree and its prunable leaves.
-
-  Args:
-    sparsity: a scalar, which always fits, or a tree.
-    tree: the weights. It may have `optax.MaskedNode()` where other transformations are at work.
-    pool: the same with `optax.MaskedNode()` in place of leaves that are not prunable.
-
-  Raises:
-    ValueError: if there is no sparsity for a leaf of the pool, or one for anything else.
-  """
-  if is_scalar(sparsity):
-    return
-  prunable = masks_lib.leaves_by_name(pool)
-  leaves, elsewhere = masks_lib.leaves_and_masked_nodes(tree)
-  given = masks_lib.leaves_by_name(sparsity)
-  for name in prunable:
-    if name not in given:
-      raise ValueError(
-        f"the tree of sparsities has none for {name!r}, which is prunable: it has {sorted(given)}."
-      )
-  for name, value in given.items():
-    is_idle = name in leaves and not (isinstance(value, float) and value != 0)
-    if name not in prunable and not is_idle and not masks_lib.lies_in(name, elsewhere):
-      raise ValueError(
-        f"the tree of sparsities asks for {value!r} in {name!r}, which is not a prunable leaf."
-      )
-
-
-def for_leaves(sparsity: Sparsity, pool: PyTree) -> Density | OneOf | list[Density | OneOf]:
-  """A sparsity as a scalar, or as a list with one for each leaf of the pool."""
-  if is_scalar(sparsity):
-    return sparsity
-  given = masks_lib.leaves_by_name(sparsity)
-  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(pool)]
-  return [given[masks_lib.path_name(path)] for path in paths]
-
-
-def is_scalar(sparsity: Sparsity) -> bool:
-  """Whether this is one sparsity, and no tree of them."""
-  return jax.tree_util.treedef_is_leaf(jax.tree.structure(sparsity))
 
 
 def count_pruned(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import arguments, counts, criteria, patterns, rules, start, transform
+from sparsejax import arguments, counts, criteria, patterns, rules, sparsities, start, transform
 from sparsejax.allocation import Allocation
 from sparsejax.arguments import OneOf
 from sparsejax.criteria import Criterion, Score
@@ -155,7 +155,7 @@ def dynamic_sparse_training(
   for name, function in (("ramp", ramp), ("redistribute", redistribute)):
     if function is not None:
       arguments.check_callable(name, function)
-  is_global = allocation_lib.resolve(ramp_allocation) is None and allocation_lib.is_scalar(sparsity)
+  is_global = allocation_lib.resolve(ramp_allocation) is None and sparsities.is_scalar(sparsity)
   if ramp is not None and redistribute is not None and not is_global:
     raise ValueError(
       "a ramp for each layer and `redistribute` would both decide how sparse a layer is: pass one"
@@ -209,7 +209,7 @@ def _ramped(sparsity: PyTree, initial: float, ramp: optax.Schedule) -> rules.Goa
   """How many weights are pruned along a ramp, exactly the final number at its end."""
 
   def goal(count, pool, count_pruned):
-    final, way = allocation_lib.for_leaves(sparsity, pool), jnp.float32(ramp(count))
+    final, way = sparsities.for_leaves(sparsity, pool), jnp.float32(ramp(count))
 
     def at(s):
       rise = s.pick(lambda s: s - initial) if isinstance(s, OneOf) else s - initial

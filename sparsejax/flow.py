@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import arguments, counts, ordinals, scoring, selection
+from sparsejax import arguments, counts, ordinals, scoring, selection, sparsities
 from sparsejax import masks as masks_lib
 from sparsejax.allocation import Allocation, Sparsity
 from sparsejax.masks import Prunable, PyTree, is_kernel
@@ -142,8 +142,8 @@ def _counts_of_rounds(weights, pool, sparsity, rounds, allocation) -> np.ndarray
   sparsity = arguments.check_sparsity("sparsity", sparsity)
   if any(isinstance(s, jax.core.Tracer) for s in jax.tree.leaves(sparsity)):
     raise ValueError("the sparsity must be a Python number: SynFlow counts its rounds beforehand.")
-  allocation_lib.check_leaves(sparsity, weights, pool)
-  final = jax.tree.map(float, allocation_lib.for_leaves(sparsity, pool))
+  sparsities.check_leaves(sparsity, weights, pool)
+  final = jax.tree.map(float, sparsities.for_leaves(sparsity, pool))
   shapes = [w.shape for w in jax.tree.leaves(pool)]
 
   def after(k):

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import arguments, criteria, patterns, rules, transform
+from sparsejax import arguments, criteria, patterns, rules, sparsities, transform
 from sparsejax import masks as masks_lib
 from sparsejax.allocation import Allocation
 from sparsejax.arguments import OneOf
@@ -120,7 +120,7 @@ def progressive_pruning(
       part = jnp.asarray(np.array(ramped) / steps, jnp.float32)[update]
       return jnp.where(part >= 1, final, rules.on_the_way(initial, final - initial, part))
 
-    return count_pruned(jax.tree.map(now, allocation_lib.for_leaves(sparsity, pool)))
+    return count_pruned(jax.tree.map(now, sparsities.for_leaves(sparsity, pool)))
 
   return _prune_lowest(
     goal,

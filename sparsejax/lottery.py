@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import arguments, counts, selection, transform
+from sparsejax import arguments, counts, selection, sparsities, transform
 from sparsejax import masks as masks_lib
 from sparsejax.masks import Prunable, PyTree, is_kernel
 
@@ -180,7 +180,7 @@ def prune(
   masks_lib.check_boolean(masks)
   masks_lib.check_same_structure(masks, params, "the masks", "the weights")
   pool = masks_lib.select_prunable(params, prunable)
-  rates = allocation_lib.for_leaves(rate, pool)
+  rates = sparsities.for_leaves(rate, pool)
   weights, treedef = jax.tree.flatten(pool)
   active = jax.tree.leaves(masks_lib.pick(pool, masks, "the weights", "the masks"))
   kept = [int(n) for n in jax.device_get([masks_lib.count_kept(m) for m in active])]
@@ -222,7 +222,7 @@ def _check_rate(rate: float | PyTree, params: PyTree, prunable: Prunable) -> flo
   pool = masks_lib.select_prunable(params, prunable)
   transform.check_prunable(params, masks_lib.all_true(pool))
   rate = arguments.check_sparsity("rate", rate)
-  allocation_lib.check_leaves(rate, params, pool)
+  sparsities.check_leaves(rate, params, pool)
   return rate
 
 

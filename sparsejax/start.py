@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import arguments, patterns
+from sparsejax import arguments, patterns, sparsities
 from sparsejax import masks as masks_lib
 from sparsejax.allocation import Allocation
 from sparsejax.masks import PyTree
@@ -59,7 +59,7 @@ def initial_masks(
   """
   is_given, is_dense = masks is not None, isinstance(sparsity, float) and sparsity == 0
   # Weights of given sparsities per leaf are drawn too: an allocation has nothing to do there.
-  by_magnitude = allocation_lib.resolve(allocation) is None and allocation_lib.is_scalar(sparsity)
+  by_magnitude = allocation_lib.resolve(allocation) is None and sparsities.is_scalar(sparsity)
   if is_given:
     masks_lib.check_boolean(masks)
   elif key is None and not (is_dense or by_magnitude):
@@ -89,7 +89,7 @@ def initial_masks(
       return found
     if is_dense:
       return masks_lib.all_true(pool)
-    allocation_lib.check_leaves(sparsity, params, pool)
+    sparsities.check_leaves(sparsity, params, pool)
     if by_magnitude:
       scores = jax.tree.map(jnp.abs, pool)
     else:

@@ -1,0 +1,53 @@
+"""What sparsity is asked for: one for all prunable leaves, or a tree with one for each."""
+
+import jax
+
+from sparsejax import masks as masks_lib
+from sparsejax.arguments import OneOf
+from sparsejax.masks import PyTree
+
+Scalar = float | jax.Array | OneOf
+Sparsity = Scalar | PyTree
+
+
+def check_leaves(sparsity: Sparsity, tree: PyTree, pool: PyTree) -> None:
+  """Checks a tree of sparsities against a tree and its prunable leaves.
+
+  Args:
+    sparsity: a scalar, which always fits, or a tree.
+    tree: the weights. It may have `optax.MaskedNode()` where other transformations are at work.
+    pool: the same with `optax.MaskedNode()` in place of leaves that are not prunable.
+
+  Raises:
+    ValueError: if there is no sparsity for a leaf of the pool, or one for anything else.
+  """
+  if is_scalar(sparsity):
+    return
+  prunable = masks_lib.leaves_by_name(pool)
+  leaves, elsewhere = masks_lib.leaves_and_masked_nodes(tree)
+  given = masks_lib.leaves_by_name(sparsity)
+  for name in prunable:
+    if name not in given:
+      raise ValueError(
+        f"the tree of sparsities has none for {name!r}, which is prunable: it has {sorted(given)}."
+      )
+  for name, value in given.items():
+    is_idle = name in leaves and not (isinstance(value, float) and value != 0)
+    if name not in prunable and not is_idle and not masks_lib.lies_in(name, elsewhere):
+      raise ValueError(
+        f"the tree of sparsities asks for {value!r} in {name!r}, which is not a prunable leaf."
+      )
+
+
+def for_leaves(sparsity: Sparsity, pool: PyTree) -> Scalar | list[Scalar]:
+  """A sparsity as a scalar, or as a list with one for each leaf of the pool."""
+  if is_scalar(sparsity):
+    return sparsity
+  given = masks_lib.leaves_by_name(sparsity)
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(pool)]
+  return [given[masks_lib.path_name(path)] for path in paths]
+
+
+def is_scalar(sparsity: Sparsity) -> bool:
+  """Whether this is one sparsity, and no tree of them."""
+  return jax.tree_util.treedef_is_leaf(jax.tree.structure(sparsity))
