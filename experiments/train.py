@@ -20,7 +20,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -183,30 +182,39 @@ def set_determinism(deterministic: bool) -> None:
 
 
 def parse(
-  make: Callable[[Recipe, str], Options], command: str, description: str, args: list[str] | None
+  options: type[Options], command: str, description: str, args: list[str] | None
 ) -> Options:
   """Reads the options of a command whose first argument is a recipe.
 
   Args:
-    make: from a recipe and its name to the options as they are by default.
+    options: what to make of a recipe and its name; its other fields are the options.
     command: name of its module.
     description: what it does, in a sentence.
     args: of the command; by default those of this process.
   """
+  prog = f"python -m experiments.{command}"
   args = sys.argv[1:] if args is None else args
-  if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
+  if args and args[0] in ("-h", "--help"):
+    print(f"usage: {prog} [RECIPE] [OPTIONS]\n\n{description}\n")
+    print(f"{prog} RECIPE --help shows its options. Without a recipe: {DEFAULT_RECIPE}.\n")
+    width = max(map(len, RECIPES))
+    for name, recipe in RECIPES.items():
+      print(f"  {name:{width}}  {_describe_recipe(recipe)}")
+    sys.exit()
+  if not args or args[0].startswith("-"):
     if named := [arg for arg in args if arg in RECIPES]:
       sys.exit(f"The recipe comes first: {named[0]} ...")
     args = [DEFAULT_RECIPE, *args]
-  elif not args[0].startswith("-") and args[0] not in RECIPES:
-    close = difflib.get_close_matches(args[0], RECIPES, n=1, cutoff=0.3)
+  name, *args = args
+  if name not in RECIPES:
+    close = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.3)
     hint = f" Did you mean {close[0]}?" if close else ""
-    sys.exit(f"Unknown recipe {args[0]}.{hint} There are:\n  " + "\n  ".join(RECIPES))
-  return tyro.extras.overridable_config_cli(
-    {name: (_describe_recipe(recipe), make(recipe, name)) for name, recipe in RECIPES.items()},
-    prog=f"python -m experiments.{command}",
-    description=f"{description} RECIPE --help shows its options. Without a recipe:"
-    f" {DEFAULT_RECIPE}.",
+    sys.exit(f"Unknown recipe {name}.{hint} There are:\n  " + "\n  ".join(RECIPES))
+  return tyro.cli(
+    options,
+    default=options(RECIPES[name], name),
+    prog=f"{prog} {name}",
+    description=f"{description} {name}: {_describe_recipe(RECIPES[name])}.",
     args=args,
     config=(tyro.conf.OmitArgPrefixes,),
   )

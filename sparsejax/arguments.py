@@ -142,12 +142,12 @@ def _check_scalar(label: str, value: Any) -> Any:
   return value if isinstance(value, jax.Array) else float(value)
 
 
-def check_rise(initial: float, sparsity: PyTree) -> None:
-  """Raises a ValueError if a ramp of all leaves together is known to end below its start."""
+def check_rise(initial: float, sparsity: PyTree, name: str = "the sparsity") -> None:
+  """Raises a ValueError if a ramp to one sparsity is known to end below its start."""
   known = sparsity.values if isinstance(sparsity, OneOf) else [sparsity]
   for value in known:
     if isinstance(value, float) and initial > value:
-      raise ValueError(f"initial must not exceed the sparsity, got {initial} and {value}.")
+      raise ValueError(f"initial must not exceed {name}, got {initial} and {value}.")
 
 
 def check_inner(inner: Any) -> None:

@@ -70,7 +70,7 @@ def progressive_pruning(
 
   Raises:
     ValueError: if an argument is out of its range; by `init`, if a tree of sparsities does not
-      match the parameters.
+      match the parameters, or if one of them is below `initial`.
 
   Example:
     >>> import jax.numpy as jnp, optax, sparsejax
@@ -125,6 +125,7 @@ def progressive_pruning(
   return _prune_lowest(
     goal,
     due=due,
+    initial=initial,
     sparsity=sparsity,
     allocation=allocation,
     criterion=criterion,
@@ -236,6 +237,7 @@ def gradual_pruning(
   return _prune_lowest(
     lambda count, pool, count_pruned: count_pruned(sparsity_at(count)),
     due=rules.on_grid(begin, every, end),
+    initial=0.0,
     sparsity=0.0,
     keep_weights=keep_weights,
     allocation=allocation,
@@ -309,6 +311,7 @@ def _prune_lowest(
   goal: rules.Goal,
   *,
   due: Callable[[jax.Array], jax.Array],
+  initial: float,
   sparsity: PyTree,
   allocation: Allocation,
   criterion: str | Score | Criterion,
@@ -318,7 +321,7 @@ def _prune_lowest(
   key: jax.Array | None,
   keep_weights: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-  """The transformation whose rule is `rules.prune_lowest`; `init` checks the sparsity."""
+  """The transformation whose rule is `rules.prune_lowest`; `init` checks the sparsities."""
   allocation_lib.resolve(allocation)
   criterion = criteria.resolve(criterion)
   criteria.check_key(key, criterion)
@@ -337,6 +340,10 @@ def _prune_lowest(
     if jax.tree.leaves(params):
       pool = masks_lib.select_prunable(params, prunable)
       allocation_lib.check_pool(sparsity, params, pool, allocation, pattern)
+      if not sparsities.is_scalar(sparsity):
+        names = masks_lib.leaves_by_name(pool)
+        for name, value in zip(names, sparsities.for_leaves(sparsity, pool)):
+          arguments.check_rise(initial, value, f"the sparsity of {name!r}")
     return state
 
   return optax.GradientTransformationExtraArgs(init_fn, pruning.update)

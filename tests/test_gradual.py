@@ -585,6 +585,14 @@ def test_a_sparsity_of_a_leaf_outside_of_zero_to_one_is_an_error_that_shows_it(v
     progressive(sparsity={"a": 0.5, "b": value}).init(params)
 
 
+def test_a_leaf_whose_sparsity_is_below_the_initial_one_is_an_error_that_names_it():
+  params = {"a": jnp.ones((2, 3)), "b": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+  with pytest.raises(ValueError, match=r"the sparsity of 'b', got 0\.3 and 0\.2"):
+    progressive(sparsity={"a": 0.5, "b": 0.2}, initial=0.3).init(params)
+  # What is never pruned has no ramp.
+  progressive(sparsity={"a": 0.5, "b": 0.3, "bias": 0.0}, initial=0.3).init(params)
+
+
 @pytest.mark.parametrize(
   "function,argument,value",
   [

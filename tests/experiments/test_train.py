@@ -447,7 +447,24 @@ def test_an_unknown_recipe_or_option_fails_with_a_suggestion(arguments, said, ca
   with pytest.raises(SystemExit) as failure:
     train.main(arguments)
   assert failure.value.code
-  assert said in str(failure.value.code) + capsys.readouterr().err
+  message = str(failure.value.code) + capsys.readouterr().err
+  assert said in message
+  assert "__" not in message
+
+
+def test_the_help_of_the_command_is_a_line_for_each_recipe_and_that_of_a_recipe_its_options(capsys):
+  with pytest.raises(SystemExit) as end:
+    train.main(["--help"])
+  assert not end.value.code
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split()[0] for line in lines if line.startswith("  ")] == list(RECIPES)
+  with pytest.raises(SystemExit) as end:
+    train.main(["vgg19-cifar10-98", "--help"])
+  assert not end.value.code
+  text = capsys.readouterr().out
+  assert "vgg19 on cifar10, 400 epochs, 98.0% pruned" in text
+  assert "--learning-rate" in text
+  assert "lenet300-digits" not in text
 
 
 def test_a_missing_data_set_ends_the_command_with_the_ways_to_provide_it(tmp_path, monkeypatch):
