@@ -16,6 +16,8 @@ import sparsejax
 from experiments import checkpoints, cycles, data, methods, train, training
 from experiments.recipes import RECIPES
 
+pytestmark = pytest.mark.usefixtures("trainers")
+
 DIGITS = dataclasses.replace(RECIPES["lenet300-digits"], sparsity=0.0, epochs=5, train_images=300)
 
 

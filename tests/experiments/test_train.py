@@ -178,7 +178,7 @@ TINY = functools.partial(
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny(monkeypatch, trainers):
   """A recipe with batch norm, dropout and a last batch that is not full."""
   return _tiny(monkeypatch)
 
@@ -203,11 +203,10 @@ def _tiny(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tiny_runs(tmp_path_factory):
+def tiny_runs(tmp_path_factory, trainers):
   """Folders of runs of `tiny`: "whole", and "cut1" to "cut3" as a time limit left them.
 
-  Each call of `train.train` traces all programs anew, so these are made once. Tests go on with
-  copies: `copy_of`.
+  Tests go on with copies: `copy_of`.
   """
   root = tmp_path_factory.mktemp("tiny")
   with pytest.MonkeyPatch.context() as monkeypatch:
@@ -229,7 +228,7 @@ def copy_of(runs, name, tmp_path):
 
 
 def test_a_run_stops_at_the_time_limit_and_resumes_with_bit_identical_results(
-  tiny, tiny_runs, tmp_path
+  tiny, tiny_runs, trainers, tmp_path
 ):
   root, whole, said = tiny_runs
   for epochs in (1, 2, 3):
@@ -238,6 +237,7 @@ def test_a_run_stops_at_the_time_limit_and_resumes_with_bit_identical_results(
       assert max(saved.epochs) == epochs
     assert not (root / f"cut{epochs}/result.json").exists()
   folder = copy_of(tiny_runs, "cut3", tmp_path)
+  trainers.clear()
   cut = train.train(dataclasses.replace(tiny, out=folder, time_limit=1e-9))
   chex.assert_trees_all_equal(final_state(folder), final_state(root / "whole"))
   assert cut["test_accuracy"] == whole["test_accuracy"]
@@ -274,11 +274,21 @@ def test_the_best_epoch_by_the_test_set_is_reported_beside_the_last(tiny, tmp_pa
   assert result["test_accuracy"] == tested[3]
 
 
+def digits_run(folder, **changes):
+  """A short run on noise of a network that is compiled fast."""
+  name = "lenet300-digits"
+  return train.Run(
+    dataclasses.replace(RECIPES[name], **(dict(epochs=1, prune_epochs=1) | changes)),
+    name,
+    out=folder,
+  )
+
+
 def test_without_validation_images_the_accuracy_is_unknown_and_a_collapse_still_seen(
-  tiny, tmp_path
+  tmp_path, monkeypatch
 ):
-  recipe = dataclasses.replace(tiny.recipe, validation=0.0, learning_rate=1e9)
-  result = train.train(dataclasses.replace(tiny, recipe=recipe, out=tmp_path))
+  monkeypatch.setattr(data, "load", tiny_mnist)
+  result = train.train(digits_run(tmp_path, epochs=2, validation=0.0, learning_rate=1e9))
   assert all(line["validation_accuracy"] is None for line in read_metrics(tmp_path))
   assert result["collapsed_in_epoch"] == 0
 
@@ -301,8 +311,7 @@ def test_a_gpu_can_be_asked_for_the_same_bits_each_time(monkeypatch):
 
 def test_a_folder_with_another_run_is_left_alone(tmp_path, monkeypatch):
   monkeypatch.setattr(data, "load", tiny_mnist)
-  name = "lenet300-digits"
-  run = train.Run(dataclasses.replace(RECIPES[name], epochs=1, prune_epochs=1), name, out=tmp_path)
+  run = digits_run(tmp_path)
   train.train(run)
   with pytest.raises(ValueError, match="holds a run with seed=42"):
     train.train(dataclasses.replace(run, seed=7))
@@ -310,8 +319,7 @@ def test_a_folder_with_another_run_is_left_alone(tmp_path, monkeypatch):
 
 def test_a_finished_run_is_left_alone(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(data, "load", tiny_mnist)
-  name = "lenet300-digits"
-  run = train.Run(dataclasses.replace(RECIPES[name], epochs=1, prune_epochs=1), name, out=tmp_path)
+  run = digits_run(tmp_path)
   first = train.train(run)
   monkeypatch.delattr(data, "load")
   assert train.train(run) == first
@@ -326,9 +334,7 @@ def test_a_refused_option_does_not_claim_the_folder(tmp_path):
 
 def test_a_run_that_collapses_says_so(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(data, "load", tiny_mnist)
-  name = "lenet300-digits"
-  recipe = dataclasses.replace(RECIPES[name], epochs=3, prune_epochs=3, learning_rate=1e9)
-  result = train.train(train.Run(recipe, name, out=tmp_path))
+  result = train.train(digits_run(tmp_path, epochs=3, prune_epochs=3, learning_rate=1e9))
   assert result["collapsed_in_epoch"] == 0
   printed = capsys.readouterr().out
   assert "seed 42, epoch 0: the network has collapsed" in printed
@@ -383,9 +389,10 @@ def test_metrics_that_were_lost_come_back_from_the_checkpoint(tiny, tiny_runs, t
   assert len(read_metrics(folder)) == 4
 
 
-def test_a_few_held_out_images_that_look_alike_to_a_network_are_no_collapse(tiny, tmp_path):
-  recipe = dataclasses.replace(tiny.recipe, validation=0.002, learning_rate=0.0)
-  result = train.train(dataclasses.replace(tiny, recipe=recipe, out=tmp_path))
+def test_a_few_held_out_images_that_look_alike_to_a_network_are_no_collapse(tmp_path, monkeypatch):
+  monkeypatch.setattr(data, "load", tiny_mnist)
+  # One of 300.
+  result = train.train(digits_run(tmp_path, epochs=4, validation=0.002, learning_rate=0.0))
   assert result["collapsed_in_epoch"] is None
   assert all(line["validation_accuracy"] in (0.0, 1.0) for line in read_metrics(tmp_path))
 
