@@ -195,11 +195,11 @@ def parse(
   prog = f"python -m experiments.{command}"
   args = sys.argv[1:] if args is None else args
   if args and args[0] in ("-h", "--help"):
-    print(f"usage: {prog} [RECIPE] [OPTIONS]\n\n{description}\n")
-    print(f"{prog} RECIPE --help shows its options. Without a recipe: {DEFAULT_RECIPE}.\n")
     width = max(map(len, RECIPES))
-    for name, recipe in RECIPES.items():
-      print(f"  {name:{width}}  {_describe_recipe(recipe)}")
+    lines = [f"usage: {prog} [RECIPE] [OPTIONS]", "", description, ""]
+    lines += [f"{prog} RECIPE --help shows its options. Without a recipe: {DEFAULT_RECIPE}.", ""]
+    lines += [f"  {name:{width}}  {_describe_recipe(recipe)}" for name, recipe in RECIPES.items()]
+    print("\n".join(lines))
     sys.exit()
   if not args or args[0].startswith("-"):
     if named := [arg for arg in args if arg in RECIPES]:
