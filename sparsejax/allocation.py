@@ -38,7 +38,7 @@ from sparsejax.arguments import OneOf
 from sparsejax.counts import Count
 from sparsejax.masks import Prunable, PyTree, is_kernel
 from sparsejax.patterns import SINGLE, Pattern
-from sparsejax.sparsities import Sparsity
+from sparsejax.sparsities import Scalar, Sparsity
 
 Shapes = Sequence[tuple[int, ...]]
 Density = float | jax.Array
@@ -208,7 +208,7 @@ def check_pool(
 
 def count_pruned(
   shapes: Shapes,
-  sparsity: Density | OneOf | list[Density | OneOf],
+  sparsity: Scalar | list[Scalar],
   allocation: Allocation,
   pattern: Pattern = SINGLE,
 ) -> np.ndarray | Count:

@@ -12,8 +12,9 @@ from jax import lax
 from sparsejax import allocation as allocation_lib
 from sparsejax import arguments, counts, ordinals, scoring, selection, sparsities
 from sparsejax import masks as masks_lib
-from sparsejax.allocation import Allocation, Sparsity
+from sparsejax.allocation import Allocation
 from sparsejax.masks import Prunable, PyTree, is_kernel
+from sparsejax.sparsities import Sparsity
 
 ApplyFn = Callable[[PyTree, Any], jax.Array]
 

@@ -237,7 +237,6 @@ def gradual_pruning(
   return _prune_lowest(
     lambda count, pool, count_pruned: count_pruned(sparsity_at(count)),
     due=rules.on_grid(begin, every, end),
-    initial=0.0,
     sparsity=0.0,
     keep_weights=keep_weights,
     allocation=allocation,
@@ -311,7 +310,6 @@ def _prune_lowest(
   goal: rules.Goal,
   *,
   due: Callable[[jax.Array], jax.Array],
-  initial: float,
   sparsity: PyTree,
   allocation: Allocation,
   criterion: str | Score | Criterion,
@@ -319,6 +317,7 @@ def _prune_lowest(
   pack: bool,
   prunable: Prunable,
   key: jax.Array | None,
+  initial: float = 0.0,
   keep_weights: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """The transformation whose rule is `rules.prune_lowest`; `init` checks the sparsities."""

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 
-from experiments import train
+from experiments import data, train
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,8 @@ def trainers():
   make, made = train.make_trainer, {}
 
   def make_or_find(run, mesh):
-    key = run.recipe, run.seed, run.data_dir, mesh
+    # Tests put other data in the place of those that are loaded.
+    key = run.recipe, run.seed, data.load, run.data_dir, mesh
     if key not in made:
       trainer = make(run, mesh)
       made[key] = dataclasses.replace(trainer, compile_epoch=functools.cache(trainer.compile_epoch))
