@@ -262,8 +262,13 @@ def path_name(path: KeyPath) -> str:
 
 
 def leaves_by_name(tree: PyTree) -> dict[str, Any]:
-  """The leaves of a tree by their names for people."""
-  return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+  """The leaves of a tree by their names for people; a ValueError if two have the same."""
+  leaves = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if (name := path_name(path)) in leaves:
+      raise ValueError(f"two leaves have the name {name!r}: rename one of them.")
+    leaves[name] = leaf
+  return leaves
 
 
 def leaves_and_masked_nodes(tree: PyTree) -> tuple[dict[str, Any], list[str]]:

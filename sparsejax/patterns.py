@@ -243,7 +243,8 @@ class Channels(_Tiles):
 
   def tile(self, shape: tuple[int, ...]) -> tuple[int, ...]:
     axis = _axis(shape, self.axis)
-    return tuple(1 if i == axis else size for i, size in enumerate(shape))
+    # Of a kernel without weights, the tiles have none either, but a length.
+    return tuple(1 if i == axis else max(size, 1) for i, size in enumerate(shape))
 
 
 def check(masks: PyTree, pattern: Pattern, prunable: Prunable = is_kernel) -> None:

@@ -356,3 +356,10 @@ def test_masks_that_are_known_when_compiling_are_not_counted_by_the_compiler():
 
   compiled = jax.jit(count).lower().compile(compiling.AS_USERS)
   assert compiled.as_text().count(" reduce(") >= 2
+
+
+def test_two_leaves_of_one_name_are_an_error_where_leaves_are_told_apart_by_name():
+  masks = {"a": {"b": jnp.ones((2, 2), bool)}, "a/b": jnp.zeros((2, 2), bool)}
+  for function in (sparsejax.summary, sparsejax.apply_masks, sparsejax.deploy.final.check):
+    with pytest.raises(ValueError, match="two leaves have the name 'a/b': rename one of them"):
+      function(masks, masks)

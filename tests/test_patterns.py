@@ -122,6 +122,14 @@ def test_n_of_m_is_what_a_slow_version_prunes(scores, n, part):
     patterns.check(masks, pattern)
 
 
+@pytest.mark.parametrize("pattern", [Channels(), Channels(axis=0), Blocks((2,)), NM(2, 4)], ids=str)
+def test_a_kernel_without_weights_has_any_pattern(pattern):
+  scores = make_params() | {"empty": jnp.zeros((0, 4))}
+  masks = sparsejax.masks_from_scores(scores, 0.5, pattern=pattern)
+  assert masks["empty"].shape == (0, 4)
+  patterns.check(masks, pattern)
+
+
 @pytest.mark.parametrize(
   "pattern,tile",
   [

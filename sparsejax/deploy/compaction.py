@@ -1,6 +1,5 @@
 """Removes units that no longer matter, exactly."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from sparsejax import masks as masks_lib
 from sparsejax.deploy import program as programs
 from sparsejax.deploy.compacted import Compacted, Step
 from sparsejax.deploy.compaction_report import CompactionReport, CompactionRow
+from sparsejax.deploy.contraction import operations, weights_of
 from sparsejax.deploy.plan import Plan
 from sparsejax.deploy.sites import Indices, cut, positions
 from sparsejax.masks import PyTree
@@ -86,7 +86,7 @@ def compact(apply_fn: Callable[..., Any], params: PyTree, example_inputs: Any) -
   batch = jax.tree.leaves(inputs)[batched.index(True)].shape[0] if any(batched) else 1
   return Compacted(
     {name: jnp.asarray(array) for name, array in store.arrays.items()},
-    _report(plan, store, batch),
+    _report(plan, store, steps, batch),
     apply_fn,
     jax.eval_shape(lambda p: p, params),
     jax.eval_shape(lambda x: x, inputs),
@@ -151,16 +151,16 @@ class _Store:
 
   def __init__(self, plan: Plan, names: list[str]):
     self.arrays: dict[str, np.ndarray] = {}
-    # Shapes by leaf: of what is left of it, and of what is stored with that.
-    self.weights: dict[str, list[tuple[int, ...]]] = {}
-    self.extras: dict[str, list[tuple[int, ...]]] = {}
+    # Names of arrays by leaf: of what is left of it, and of what is stored with that.
+    self.weights: dict[str, list[str]] = {}
+    self.extras: dict[str, list[str]] = {}
     self.shapes = {name: plan.program.shapes[i] for name, i in zip(names, plan.program.params)}
-    for n, i in enumerate(plan.program.captured):
-      if i not in plan.changing:
-        self.shapes[f"{_CAPTURED}{n}"] = plan.program.shapes[i]
     self._plan = plan
     self._leaves = dict(zip(plan.program.params, names))
-    self._leaves |= {i: f"{_CAPTURED}{n}" for n, i in enumerate(plan.program.captured)}
+    for n, i in enumerate(plan.program.captured):
+      self._leaves[i] = name = _unused(f"{_CAPTURED}{n}", names)
+      if i not in plan.changing:
+        self.shapes[name] = plan.program.shapes[i]
     for equation in plan.program.equations:
       owners = [self._leaves[i] for i in equation.inputs if i in self._leaves]
       if owners and plan.stored.issuperset(equation.outputs):
@@ -184,14 +184,20 @@ class _Store:
 
   def put(self, array: np.ndarray, owner: str, kind: str = "") -> str:
     """Stores an array of a leaf; its name."""
-    name, copies = owner + kind, 1
-    while name in self.arrays:
-      copies += 1
-      name = f"{owner}{kind}:{copies}"
+    name = _unused(owner + kind, self.arrays)
     self.arrays[name] = array
     self.shapes.setdefault(owner, (0,))
-    (self.extras if kind else self.weights).setdefault(owner, []).append(np.shape(array))
+    (self.extras if kind else self.weights).setdefault(owner, []).append(name)
     return name
+
+
+def _unused(name, taken):
+  """The name, or one with a number, that is not taken yet."""
+  found, copies = name, 1
+  while found in taken:
+    copies += 1
+    found = f"{name}:{copies}"
+  return found
 
 
 def _step(plan, number, store):
@@ -218,35 +224,40 @@ def _step(plan, number, store):
       gathers[axis] = store.put(indices, owner, "/inputs")
   folded = inputs.folded
   if folded is not None:
-    folded = store.put(folded.astype(plan.program.dtypes[weights]), owner, "/folded")
+    # Of the type of the sum that it is a part of, which may be wider than that of the weights.
+    folded = store.put(folded.astype(plan.program.dtypes[site.outputs[0]]), owner, "/folded")
   return Step(site, constants, kept, contraction, gathers, folded, inputs.is_empty)
 
 
-def _report(plan, store, batch):
+def _report(plan, store, steps, batch):
+  dense, left = _flops(plan, store, steps, batch)
   rows = []
-  flops = _flops(plan, store, batch)
   for leaf, shape in store.shapes.items():
-    extra = sum(map(math.prod, store.extras.get(leaf, ())))
-    left = tuple(store.weights.get(leaf, ()))
-    rows.append(CompactionRow(leaf, shape, left, extra, *flops.get(leaf, (None, None))))
+    weights, extras = store.weights.get(leaf, ()), store.extras.get(leaf, ())
+    new_shapes = tuple(np.shape(store.arrays[name]) for name in weights)
+    extra = sum(np.size(store.arrays[name]) for name in extras)
+    flops = sum(left.get(name, 0) for name in weights) if leaf in dense else None
+    rows.append(CompactionRow(leaf, shape, new_shapes, extra, dense.get(leaf), flops))
   unknown = {}
   for site in plan.unknown:
     touched = unknown.setdefault(site.equation.name, [])
     touched += [shape for shape in (*site.shapes_in, *site.shapes_out) if shape not in touched]
-  return CompactionReport(tuple(rows), {name: tuple(shapes) for name, shapes in unknown.items()})
+  unknown = {name: tuple(shapes) for name, shapes in unknown.items()}
+  return CompactionReport(tuple(rows), unknown, left)
 
 
-def _flops(plan, store, batch):
-  """Operations for one example, before and after, by leaf."""
-  flops = {}
-  for number, inputs in plan.inputs.items():
-    site, contraction = plan.sites[number], inputs.contraction
-    leaf = store.owner(site.equation.inputs[contraction.weights])
-    dense, left = flops.get(leaf, (0, 0))
-    weights = site.shapes_in[contraction.weights]
-    dense += contraction.operations(site.shapes_out[0], weights) // batch
-    if number in plan.executed and not inputs.is_empty:
-      kept = cut(site.shapes_out[0], plan.kept(site.outputs[0]))
-      left += contraction.operations(kept, cut(weights, inputs.left)) // batch
-    flops[leaf] = dense, left
-  return flops
+def _flops(plan, store, steps, batch):
+  """Operations for one example: of the original by leaf, and those that are left by array."""
+  dense, left = {}, {}
+  for site in plan.sites:
+    if (k := weights_of(site)) is not None:
+      leaf = store.owner(site.equation.inputs[k])
+      count = operations(site, site.shapes_out[0], site.shapes_in[k])
+      dense[leaf] = dense.get(leaf, 0) + count // batch
+  for step in steps:
+    if (name := step.constants.get(weights_of(step.site))) is not None:
+      (output,) = step.site.outputs
+      shape = cut(step.site.shapes_out[0], step.kept[output])
+      count = operations(step.site, shape, np.shape(store.arrays[name]))
+      left[name] = left.get(name, 0) + count // batch
+  return dense, left

@@ -17,7 +17,8 @@ class CompactionRow:
     extra: numbers that are stored with it: indices of the inputs that are taken, and what the units
       add that are left out.
     dense_flops: floating-point operations for one example in the original, where it is the weight
-      of a product or of a convolution.
+      of a product or of a convolution; for all inputs of a function that is compacted for their
+      shapes alone.
     flops: those that are left.
   """
 
@@ -47,10 +48,13 @@ class CompactionReport:
     rows: of the leaves of the parameters, and of the arrays that the function closes over.
     unknown: the operations about which nothing is known, by name, with the shapes of the arrays
       that they touch, which are kept as they are; those shapes are for a batch of two or more.
+    array_flops: the operations that are left, by the array in `Compacted.params` that is the
+      weight.
   """
 
   rows: tuple[CompactionRow, ...]
   unknown: dict[str, tuple[tuple[int, ...], ...]]
+  array_flops: dict[str, int]
 
   @property
   def parameters(self) -> int:
@@ -64,7 +68,7 @@ class CompactionReport:
 
   @property
   def dense_flops(self) -> int:
-    """Of products and convolutions in the original, for one example."""
+    """Of products and convolutions with weights in the original, for one example."""
     return sum(row.dense_flops or 0 for row in self.rows)
 
   @property

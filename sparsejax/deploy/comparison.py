@@ -130,9 +130,10 @@ def _forms(apply_fn, params, masks, compacted):
   """The variants by name."""
   compaction, small = compacted.report, compacted.params
   kept = sum(int(masks_lib.count_kept(mask)) for mask in jax.tree.leaves(masks))
-  flops = _active_flops(compaction, "dense_flops", masks_lib.leaves_by_name(params))
+  dense_flops = {row.name: row.dense_flops or 0 for row in compaction.rows}
+  flops = _active_flops(dense_flops, masks_lib.leaves_by_name(params))
   nonzero = sum(int(np.count_nonzero(array)) for array in small.values())
-  small_flops = _active_flops(compaction, "flops", small)
+  small_flops = _active_flops(compaction.array_flops, small)
   of_dense = compaction.parameters, compaction.dense_flops
   of_small = compaction.new_parameters, compaction.flops
   return {
@@ -171,13 +172,13 @@ def _difference(outputs, original):
   return float(np.max(np.abs(outputs - original)) / largest) if largest else 0.0
 
 
-def _active_flops(compaction, kind, arrays):
-  """Operations of the weights that are not zero."""
-  flops = {row.name: getattr(row, kind) for row in compaction.rows}
+def _active_flops(flops, arrays):
+  """Operations of the weights that are not zero, as far as these arrays say which are not."""
   return sum(
-    round(flops[name] * np.count_nonzero(array) / np.size(array))
-    for name, array in arrays.items()
-    if flops.get(name)
+    round(count * np.count_nonzero(arrays[name]) / np.size(arrays[name]))
+    if count and name in arrays
+    else count
+    for name, count in flops.items()
   )
 
 

@@ -20,7 +20,8 @@ class Variant:
       that no longer matter, in dense arrays; "compact, sparse": without either.
     parameters: the numbers that it computes with; in a compact one, indices and what was folded
       too.
-    flops: multiplications and additions of products and convolutions, for one example.
+    flops: multiplications and additions of products and convolutions with weights, for one example;
+      see `CompactionRow`.
     file_bytes: dense float32 arrays in a safetensors file, or what `save` writes.
     gzip_bytes: the same file after gzip.
     accuracy: in [0, 1], of the weights as they are read from the file; None without labels.

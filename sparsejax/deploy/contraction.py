@@ -89,12 +89,14 @@ class Contraction:
     site: where it is.
     data: the position of the operand that is not stored; the other one are the weights.
     axes: pairs of the axes of the data and of the weights that are summed over.
+    shared: pairs of those that the output has too, such as that of the heads of attention.
     alike: the axes of the data along which a constant has to be the same, to be left out.
   """
 
   site: Site
   data: int
   axes: tuple[tuple[int, int], ...]
+  shared: tuple[tuple[int, int], ...]
   alike: tuple[int, ...]
 
   @property
@@ -163,13 +165,6 @@ class Contraction:
     equation = as_einsum(self.site.equation, *(x.ndim for x in operands))
     return np.einsum(equation, *operands, optimize=True)
 
-  def operations(self, shape_out: tuple[int, ...], weights: tuple[int, ...]) -> int:
-    """Multiplications and additions for an output of this shape with weights of that."""
-    if self.is_conv:
-      outputs = weights[self.site.equation.params["dimension_numbers"].rhs_spec[0]]
-      return 2 * math.prod(shape_out) * math.prod(weights) // max(outputs, 1)
-    return 2 * math.prod(shape_out) * math.prod(weights[axis] for _, axis in self.axes)
-
   def run(self, data: Any, weights: Any, gathers: dict[int, Any]) -> Any:
     """The output of those inputs that `gathers` takes of the data, by axis."""
     for axis, indices in gathers.items():
@@ -197,20 +192,38 @@ def as_einsum(equation: Equation, *ranks: int) -> str:
   return f"{''.join(names[0])},{''.join(names[1])}->{''.join(output)}"
 
 
+def weights_of(site: Site) -> int | None:
+  """The position of the weights of a product or a convolution; None if it is none of weights."""
+  if len(site.moving) != 1 or rule_of(site) not in (_DOT, _CONV, _GROUPED_CONV):
+    return None
+  return 1 - site.moving[0]
+
+
+def operations(site: Site, shape_out: tuple[int, ...], weights: tuple[int, ...]) -> int:
+  """Multiplications and additions for an output of this shape with weights of that."""
+  numbers = site.equation.params["dimension_numbers"]
+  if rule_of(site) is _DOT:
+    summed = [weights[axis] for axis in numbers[0][weights_of(site)]]
+  else:
+    summed = [size for axis, size in enumerate(weights) if axis != numbers.rhs_spec[0]]
+  return 2 * math.prod(shape_out) * math.prod(summed)
+
+
 def contraction_of(site: Site) -> Contraction | None:
   """The contraction at a site; None if it is none, or one whose inputs cannot be left out."""
-  rule = rule_of(site)
-  if len(site.moving) != 1 or rule not in (_DOT, _CONV):
+  weights, rule = weights_of(site), rule_of(site)
+  if weights is None or rule is _GROUPED_CONV:
     return None
-  (data,) = site.moving
+  data = 1 - weights
   if rule is _CONV:
     numbers = site.equation.params["dimension_numbers"]
     alike = (numbers.lhs_spec[0], *numbers.lhs_spec[2:])
-    return Contraction(site, data, ((numbers.lhs_spec[1], numbers.rhs_spec[1]),), alike)
+    return Contraction(site, data, ((numbers.lhs_spec[1], numbers.rhs_spec[1]),), (), alike)
   contracted, batch = site.equation.params["dimension_numbers"]
   used = (*contracted[data], *batch[data])
   alike = tuple(axis for axis in range(len(site.shapes_in[data])) if axis not in used)
-  return Contraction(site, data, tuple(zip(contracted[data], contracted[1 - data])), alike)
+  axes, shared = (tuple(zip(both[data], both[weights])) for both in (contracted, batch))
+  return Contraction(site, data, axes, shared, alike)
 
 
 def _precise(x: Any) -> np.ndarray:

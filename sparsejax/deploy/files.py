@@ -5,9 +5,11 @@ is not all zeros, and its position is stored as a bit of a mask, or as the gap t
 """
 
 import json
+import math
 import os
 import pathlib
-import tempfile
+import secrets
+import shutil
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -35,6 +37,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONG = 255
 # About what one more tensor takes in the header.
 _HEADER_ENTRY = 70
+# The name of the header's own entry.
+_RESERVED = "__metadata__"
 
 
 def save(
@@ -77,8 +81,10 @@ def save(
       record["path"] = keys
     record["crc32"] = _checksum(name, record, parts)
     for part, content in parts.items():
-      if (tensor := _tensor_name(name, part)) in tensors:
+      if (tensor := _tensor_name(name, part)) in tensors or name in leaves:
         raise ValueError(f"two leaves have the name {tensor!r}: rename one of them.")
+      if tensor == _RESERVED:
+        raise ValueError(f"a leaf has the name {tensor!r}, which the format has taken: rename it.")
       tensors[tensor] = content
     leaves[name] = record
   listed = json.dumps(leaves, separators=(",", ":"))
@@ -116,16 +122,19 @@ def load(path: str | os.PathLike, *, like: PyTree | None = None) -> PyTree:
   for name, record in _leaves(path, metadata).items():
     try:
       parts = {part: tensors.pop(_tensor_name(name, part)) for part in _PARTS[record["form"]]}
+      expected = DTYPES[record["dtype"]]
     except KeyError as error:
-      raise ValueError(f"{path} is damaged: {name!r} has no {error}.") from error
-    expected = DTYPES[record["dtype"]]
+      raise ValueError(f"{path} is damaged: there is no {error} for {name!r}.") from error
     is_whole = all(
       content.dtype == (expected if part in ("", "values") else np.uint8)
       for part, content in parts.items()
     )
     if record.pop("crc32", None) != _checksum(name, record, parts) or not is_whole:
       raise ValueError(f"{path} is damaged: {name!r} is not what was written.")
-    found[name] = _decoded(record, parts)
+    try:
+      found[name] = _decoded(record, parts)
+    except ValueError as error:
+      raise ValueError(f"{path} is damaged: {name!r} is inconsistent: {error}.") from error
     keys[name] = record.get("path", name.split("/"))
   if tensors:
     raise ValueError(f"{path} is damaged: nothing is known of {sorted(tensors)[0]!r} in it.")
@@ -147,7 +156,7 @@ def load(path: str | os.PathLike, *, like: PyTree | None = None) -> PyTree:
 def dense(params: PyTree) -> bytes:
   """A safetensors file of the same weights with their zeros, to compare with."""
   leaves = masks_lib.leaves_by_name(params)
-  return _safetensors().numpy.save({name: np.array(leaf) for name, leaf in leaves.items()})
+  return _safetensors().numpy.save({name: _in_order(leaf) for name, leaf in leaves.items()})
 
 
 # By form: the tensors that a leaf is stored in. A dense one has the name of the leaf.
@@ -163,6 +172,11 @@ def _safetensors() -> Any:
       "sparse files need safetensors: pip install 'sparsejax[deploy]'"
     ) from error
   return safetensors
+
+
+def _in_order(leaf: Any) -> np.ndarray:
+  """The leaf as an array in C order: safetensors writes the memory of an array as it is."""
+  return np.asarray(leaf, order="C")
 
 
 def _form(parts: Mapping[str, np.ndarray]) -> str:
@@ -183,7 +197,10 @@ def _name_of(dtype: Any) -> str | None:
 
 def _converted(name: str, leaf: Any, dtype: Any) -> np.ndarray:
   """The leaf as a NumPy array of the type that it is stored in."""
-  array = np.asarray(leaf)
+  try:
+    array = _in_order(leaf)
+  except TypeError as error:
+    raise ValueError(f"{name!r} is no array of numbers: {error}") from error
   if array.dtype not in _NAMES:
     known = ", ".join(map(str, _NAMES))
     raise ValueError(f"{name!r} is {array.dtype}, but only {known} can be stored: convert it.")
@@ -230,13 +247,16 @@ def _decoded(record: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> np.n
   shape = tuple(record["shape"])
   if "" in parts:
     return parts[""].reshape(shape)
-  array = np.zeros(int(np.prod(shape)), DTYPES[record["dtype"]])
+  array = np.zeros(math.prod(shape), DTYPES[record["dtype"]])
   if "bitmask" in parts:
     places = np.flatnonzero(np.unpackbits(parts["bitmask"], bitorder="little"))
   else:
     gaps = parts["gaps"].astype(np.int64)
     places = (np.cumsum(gaps + (gaps < _LONG)) - 1)[gaps < _LONG]
-  array[places] = parts["values"]
+  values = parts["values"]
+  if values.shape != places.shape or np.any(places >= array.size):
+    raise ValueError(f"{values.size} values for {places.size} places in {array.size} weights")
+  array[places] = values
   return array.reshape(shape)
 
 
@@ -286,12 +306,17 @@ def _write(path: pathlib.Path, content: bytes) -> None:
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:
-  with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+  path = path.resolve()  # A link stays, and what it leads to is replaced.
+  # Not a file of `tempfile`, which its owner alone may read.
+  temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+  with open(temporary, "xb") as file:
     try:
       file.write(content)
       file.flush()
       os.fsync(file.fileno())
-      os.replace(file.name, path)
+      if path.exists():
+        shutil.copymode(path, temporary)
+      os.replace(temporary, path)
     except BaseException:
-      os.unlink(file.name)
+      os.unlink(temporary)
       raise

@@ -70,7 +70,7 @@ def choose_inputs(
   for axis, among in kept.items():
     wanted = among & (any_along(matters, axis) | contraction.uneven(constants, axis))
     count, dropped = wanted.sum(), among.sum() - wanted.sum()
-    each = math.prod(sites.cut(weights.shape, left)) // among.size
+    each = math.prod(sites.cut(weights.shape, left)) // max(among.size, 1)
     is_few = not pinned[axis] and 4 * dropped < among.sum()
     if count and (dropped * each <= count or is_few):
       wanted = among
@@ -103,5 +103,8 @@ def _fold(contraction, constants, weights, left):
   for axis, indices in enumerate(left):
     if indices is not None:
       weights = np.take(weights, indices, axis)
+  for axis, other in contraction.shared:
+    if left[other] is not None:
+      constants = np.take(constants, left[other], axis)
   folded = contraction.fold(contraction.first(constants), weights)
   return folded if folded.any() else None

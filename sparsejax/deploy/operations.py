@@ -82,6 +82,11 @@ def axis_of_take(params: dict[str, Any], shape: tuple[int, ...]) -> int | None:
   return axis if is_take else None
 
 
+def has_negative(padding: Sequence[Sequence[int]]) -> bool:
+  """Whether a padding takes away from an array."""
+  return any(width < 0 for widths in padding for width in widths)
+
+
 def _gather(params):
   def take(x, indices):
     axis = axis_of_take(params, x.shape)
@@ -92,14 +97,25 @@ def _gather(params):
   return take
 
 
-def _windows(function, fill):
+def _lowest(dtype):
+  return np.iinfo(dtype).min if np.issubdtype(dtype, np.integer) else -np.inf
+
+
+def _highest(dtype):
+  return np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else np.inf
+
+
+def _windows(function, neutral):
+  """A reduction of windows; `neutral` is the number of a type that changes no result."""
+
   def make(params):
-    if {*params["base_dilation"], *params["window_dilation"]} != {1}:
-      raise ValueError("windows with dilation cannot be translated to NumPy.")
+    is_plain = {*params["base_dilation"], *params["window_dilation"]} == {1}
+    if not is_plain or has_negative(params["padding"]):
+      raise ValueError("windows with dilation or negative padding cannot be translated to NumPy.")
     window, strides = params["window_dimensions"], params["window_strides"]
 
     def reduce_windows(x):
-      x = np.pad(x, params["padding"], constant_values=fill)
+      x = np.pad(x, params["padding"], constant_values=neutral(x.dtype))
       ends = [n - w + 1 for n, w in zip(x.shape, window)]
       parts = (
         x[tuple(np.s_[o : o + end : step] for o, end, step in zip(offset, ends, strides))]
@@ -200,9 +216,9 @@ _MADE: dict[str, Callable[[dict[str, Any]], Function]] = {
   "reduce_max": _reduced(np.maximum),
   "reduce_min": _reduced(np.minimum),
   "reduce_sum": _reduced(np.add),
-  "reduce_window_max": _windows(np.maximum, -np.inf),
-  "reduce_window_min": _windows(np.minimum, np.inf),
-  "reduce_window_sum": _windows(np.add, 0),
+  "reduce_window_max": _windows(np.maximum, _lowest),
+  "reduce_window_min": _windows(np.minimum, _highest),
+  "reduce_window_sum": _windows(np.add, lambda dtype: 0),
   "reshape": lambda params: lambda x: x.reshape(params["new_sizes"]),
   "rev": lambda params: lambda x: np.flip(x, params["dimensions"]),
   "slice": _slice,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from sparsejax.deploy import runtime
-from sparsejax.deploy.operations import Function
+from sparsejax.deploy.operations import Function, has_negative
 from sparsejax.deploy.program import Equation, Shape
 
 
@@ -81,11 +81,12 @@ def _conv(equation: Equation, kernel: np.ndarray) -> Product:
     and numbers.rhs_spec == (last, last - 1, 0, 1)
     and {*params["lhs_dilation"], *params["rhs_dilation"]} == {1}
     and params["feature_group_count"] == params["batch_group_count"] == 1
+    and not has_negative(params["padding"])
   )
   if not is_plain:
     raise ValueError(
-      "only convolutions of two dimensions with channels last, without dilation and groups, can be"
-      f" translated to NumPy, but there is one with {params}."
+      "only convolutions of two dimensions with channels last, without dilation, negative padding"
+      f" and groups can be translated to NumPy, but there is one with {params}."
     )
   layer = runtime.Conv(kernel, strides=params["window_strides"], padding=params["padding"])
   return Product(0, layer.matrix, layer.rows, (), kernel.shape[-1:])

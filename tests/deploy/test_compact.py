@@ -229,6 +229,31 @@ def test_a_constant_channel_is_folded_through_a_convolution_position_by_position
   }
 
 
+@pytest.mark.parametrize(
+  "dtype, wide, constant",
+  [(jnp.int8, jnp.int32, 100), (jnp.float16, jnp.float32, 6e4), (jnp.bfloat16, jnp.float32, 0.3)],
+  ids=["int8", "f16", "bf16"],
+)
+@pytest.mark.parametrize("padding", [None, "VALID", "SAME"], ids=["dense", "conv", "padded"])
+def test_a_constant_is_folded_in_the_type_that_its_sum_has(dtype, wide, constant, padding):
+  shape = (8, 3) if padding is None else (3, 3, 8, 3)
+  kernel = 100 * random_weights(*shape) if dtype == jnp.int8 else 2 + random_weights(*shape)
+  params = {"w1": random_weights(5, 8), "w2": jnp.asarray(np.clip(kernel, -127, 127), dtype)}
+  params["b1"] = np.zeros(8, np.float32)
+  params["w1"][:, 3], params["b1"][3] = 0, constant
+
+  def apply(p, x):
+    h = (jnp.round(4 * jnp.tanh(x @ p["w1"])) + p["b1"]).astype(dtype)
+    if padding is None:
+      return lax.dot(h, p["w2"], preferred_element_type=wide)
+    h = jnp.broadcast_to(h[:, None, None], (len(h), 5, 5, 8))
+    return conv(h, p["w2"], padding, preferred_element_type=wide)
+
+  compacted = check_equal(apply, params, np.ones((1, 5)))
+  assert shapes(compacted)["w2"] == (*shape[:-2], 7, 3)
+  assert compacted.params["w2/folded"].dtype == wide
+
+
 def test_a_constant_that_differs_between_positions_keeps_its_channel():
   params = {"a": random_weights(3, 3, 1, 3), "bias": np.full(3, 2.0, np.float32)}
   params |= {"b": random_weights(3, 3, 3, 3, seed=1), "c": random_weights(3, 3, 3, 2, seed=2)}
@@ -251,8 +276,14 @@ def test_a_depthwise_convolution_loses_whole_groups():
     y = conv(jax.nn.relu(conv(x, p["w1"]) + p["b1"]), p["w2"], "VALID", feature_group_count=5)
     return conv(jax.nn.relu(y), p["w3"])
 
-  found = shapes(check_equal(apply, params, np.ones((1, 5, 5, 2))))
+  compacted = check_equal(apply, params, np.ones((1, 5, 5, 2)))
+  found = shapes(compacted)
   assert found["w1"] == (3, 3, 2, 3) and found["w2"] == (3, 3, 1, 6)
+  flops = {row.name: (row.dense_flops, row.flops) for row in compacted.report.rows}
+  pixels = 3 * 3  # Of the second output.
+  assert flops["w2"] == (2 * pixels * 9 * 10, 2 * pixels * 9 * 6)
+  assert flops["w3"] == (2 * pixels * 10 * 3, 2 * pixels * found["w3"][2] * 3)
+  assert compacted.report.array_flops["w2"] == flops["w2"][1]
 
 
 def test_a_grouped_convolution_keeps_a_group_of_which_one_input_matters():
@@ -304,6 +335,21 @@ def test_a_channel_is_removed_through_a_flattening(layout):
   example = np.ones((1, 6, 6, 2) if layout == "NHWC" else (1, 2, 6, 6))
   found = shapes(check_equal(apply, params, example))
   assert found["w1"] == (3, 3, 2, 3) and found["w2"] == (4 * 4 * 3, 3)
+
+
+def test_a_dead_head_is_removed_beside_a_constant_in_the_others():
+  params = {"w1": random_weights(5, 3, 4), "b1": np.abs(random_weights(3, 4)) + 0.1}
+  params |= {"w2": random_weights(3, 4, 6), "w3": random_weights(3, 6, 2)}
+  params["w1"][:, :, 1] = 0  # The second unit of each head is the same for all inputs.
+  params["w3"][1] = 0  # Nothing reads the second head.
+
+  def apply(p, x):
+    h = jnp.tanh(jnp.einsum("bi,ihc->bhc", x, p["w1"]) + p["b1"])
+    return jnp.einsum("bhd,hdo->bo", jnp.tanh(jnp.einsum("bhc,hcd->bhd", h, p["w2"])), p["w3"])
+
+  found = shapes(check_equal(apply, params, np.ones((1, 5))))
+  assert found["w1"] == (5, 2, 3) and found["w2"] == (2, 3, 6) and found["w3"] == (2, 6, 2)
+  assert found["w2/folded"] == (2, 6, 1)
 
 
 def test_a_split_axis_loses_what_is_dead_in_all_of_its_parts():
@@ -445,6 +491,26 @@ def test_all_that_is_stored_is_counted():
   compacted = check_equal(apply, {"w": random_weights(4, 3), "unused": np.ones(7)}, np.ones((1, 4)))
   assert compacted.report.parameters == 4 * 3 + 7 + 3
   assert compacted.report.new_parameters == sum(p.size for p in compacted.params.values()) == 16
+
+
+def test_a_leaf_that_has_the_name_of_what_is_captured_is_counted_too():
+  captured = jnp.asarray(random_weights(3, 2))
+  apply = lambda p, x: jnp.tanh(x @ p["captured0"]) @ captured
+  report = check_equal(apply, {"captured0": random_weights(4, 3)}, np.ones((1, 4))).report
+  assert {row.name: row.parameters for row in report.rows} == {"captured0": 12, "captured0:2": 6}
+  assert report.new_parameters == 18
+
+
+def test_of_a_function_for_one_size_all_operations_are_counted():
+  apply = lambda p, x: x.reshape(4, 10) @ p["w"]
+  report = deploy.compact(apply, {"w": random_weights(10, 8)}, np.ones((4, 2, 5))).report
+  assert report.dense_flops == report.flops == 2 * 4 * 10 * 8
+
+
+def test_a_layer_without_inputs_is_a_constant():
+  params = {"w": np.zeros((0, 3), np.float32), "b": random_weights(3), "v": random_weights(3, 2)}
+  apply = lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]
+  assert shapes(check_equal(apply, params, np.ones((1, 0)))) == {"v/folded": (1, 2)}
 
 
 LAYERS = {

@@ -85,6 +85,26 @@ def test_without_masks_and_labels_what_is_not_zero_is_active(pruned):
   assert "| -" not in str(found) and " - " in str(found)
 
 
+def test_operations_of_each_part_of_a_shared_weight_are_counted():
+  rng = np.random.default_rng(0)
+  shared, first, last = (rng.normal(size=shape).astype("f") for shape in ((6, 7), (7, 3), (7, 3)))
+  shared[:, 3:][rng.random((6, 4)) < 0.8] = 0
+  first[3:] = 0  # Here only three of its outputs are read.
+  params = {"shared": shared, "first": first, "last": last}
+  apply_twice = lambda p, x: (
+    jnp.tanh(x @ p["shared"]) @ p["first"] + jnp.sin(2 * x @ p["shared"]) @ p["last"]
+  )
+  examples = rng.normal(size=(4, 6)).astype("f")
+  found = deploy.report(apply_twice, params, examples, batches=(1,), rounds=1)
+  kept = deploy.compact(apply_twice, params, examples).params
+  assert {"shared", "shared:2"} <= {*kept}
+  weights = [x for name, x in kept.items() if name.split(":")[0] in params]
+  assert found["compact, sparse"].flops == 2 * sum(np.count_nonzero(x) for x in weights)
+  assert found["sparse"].flops == 2 * (
+    2 * np.count_nonzero(shared) + np.count_nonzero(first) + np.count_nonzero(last)
+  )
+
+
 def with_times(report, **seconds):
   """The same report with other times, by variant and engine."""
   variants = [

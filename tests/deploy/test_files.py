@@ -1,9 +1,11 @@
 """Sparse files: what is read is what was written, bit for bit, or an error."""
 
 import json
+import os
 import pathlib
 import re
 import stat
+import zlib
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -16,6 +18,7 @@ import pytest
 import safetensors.numpy
 
 from sparsejax import deploy
+from sparsejax.deploy import files
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "file-format.md"
 DTYPES = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16}
@@ -144,6 +147,28 @@ def test_any_names_and_a_single_array_come_back(path, params):
   assert_same_bits(deploy.load(path), params)
 
 
+LAYOUTS = {
+  "transposed": lambda x: x.T,
+  "reversed": lambda x: x[:, ::-1],
+  "every second": lambda x: x[::2],
+  "a row": lambda x: x[1],
+  "a column": lambda x: x[:, 1],
+}
+
+
+@pytest.mark.parametrize("dtype", [None, ml_dtypes.bfloat16], ids=["as it is", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_weights_come_back_however_they_lie_in_memory(path, layout, dtype):
+  weights = layout(np.arange(1, 13, dtype=np.float32).reshape(3, 4))
+  deploy.save(path, {"w": weights}, dtype=dtype)
+  assert forms(path)["w"] == "dense"
+  expected = np.ascontiguousarray(weights).astype(dtype or np.float32)
+  assert_same_bits(deploy.load(path), {"w": expected})
+  assert reader_of_the_page()(path)["w"].tobytes() == expected.tobytes()
+  read = safetensors.numpy.load(files.dense({"w": weights}))["w"]
+  np.testing.assert_array_equal(read, weights)
+
+
 def test_a_tree_of_another_kind_comes_back_in_its_structure(path):
   params = [(sparse((30, 30), 0.1), np.ones(3, np.float32)), {"w": np.zeros(9, np.float32)}]
   deploy.save(path, params)
@@ -196,6 +221,30 @@ def test_damaged_weights_are_refused_by_the_name_of_their_leaf(path):
     deploy.load(path)
 
 
+INCONSISTENT = {
+  "F64": (np.zeros(3, np.uint8), {"dtype": "F64"}, "there is no 'F64' for 'w'"),
+  "beyond": (np.uint8([1, 9, 0]), {}, "3 values for 3 places in 8 weights"),
+  "fewer": (np.uint8([1, 0]), {}, "3 values for 2 places in 8 weights"),
+  "one": (np.uint8([1, 1]), {"count": 1}, "1 values for 2 places in 8 weights"),
+  "shape": (None, {"form": "dense"}, "'w' is inconsistent: cannot reshape"),
+}
+
+
+@pytest.mark.parametrize("gaps, changes, match", INCONSISTENT.values(), ids=INCONSISTENT)
+def test_leaves_that_are_inconsistent_are_refused_by_name(path, gaps, changes, match):
+  changes = dict(changes)
+  values = np.ones(changes.pop("count", 3), np.float32)
+  entry = {"form": "gaps", "dtype": "F32", "shape": [4, 2]} | changes
+  tensors = {"w": values} if gaps is None else {"w:gaps": gaps, "w:values": values}
+  content = json.dumps(["w", entry]).encode() + b"".join(x.tobytes() for x in tensors.values())
+  leaves = json.dumps({"w": entry | {"crc32": f"{zlib.crc32(content):08x}"}})
+  metadata = {"format": "sparsejax", "version": "1", "leaves": leaves}
+  metadata["crc32"] = f"{zlib.crc32(leaves.encode()):08x}"
+  path.write_bytes(safetensors.numpy.save(tensors, metadata))
+  with pytest.raises(ValueError, match=f"is damaged: .*{match}"):
+    deploy.load(path)
+
+
 def test_other_files_are_refused(path):
   path.write_bytes(safetensors.numpy.save({"w": np.ones(3, np.float32)}))
   with pytest.raises(ValueError, match="but not one of sparsejax"):
@@ -216,6 +265,7 @@ def test_other_files_are_refused(path):
     (np.ones(2, np.int8), "'b/kernel' is int8, but only float32, bfloat16, float16"),
     (np.ones(2, np.complex64), "'b/kernel' is complex64"),
     (np.ones(2, np.float64), "'b/kernel' is float64"),
+    (jax.random.key(0), "'b/kernel' is no array of numbers"),
   ],
 )
 def test_weights_that_cannot_be_stored_are_an_error_and_leave_the_file_alone(path, leaf, match):
@@ -268,19 +318,58 @@ def test_a_directory_that_cannot_be_written_is_an_error_that_names_the_file(tmp_
   folder.mkdir()
   folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
 
-  def denied(*_, dir, **__):
-    raise PermissionError(13, "Permission denied", str(dir))
+  def denied(name, mode):
+    raise PermissionError(13, "Permission denied", str(name))
 
   # The superuser may write anywhere.
-  monkeypatch.setattr("tempfile.NamedTemporaryFile", denied)
+  monkeypatch.setattr(files, "open", denied, raising=False)
   with pytest.raises(OSError, match="cannot be written"):
     deploy.save(folder / "network.safetensors", network())
 
 
-def test_two_leaves_of_one_name_are_an_error(path):
-  params = {"w": sparse((50, 50), 0.1), "w:values": np.ones(3, np.float32)}
-  with pytest.raises(ValueError, match="two leaves have the name 'w:values'"):
+@pytest.fixture
+def umask():
+  before = os.umask(0o027)
+  yield
+  os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
+def test_a_file_has_the_permissions_of_a_new_one_or_of_the_one_before(path):
+  deploy.save(path, network())
+  assert stat.S_IMODE(path.stat().st_mode) == 0o640
+  path.chmod(0o604)
+  deploy.save(path, network(), overwrite=True)
+  assert stat.S_IMODE(path.stat().st_mode) == 0o604
+
+
+def test_a_link_stays_and_the_file_that_it_leads_to_is_replaced(path):
+  link = path.with_name("newest")
+  link.symlink_to(path.name)
+  for value in (1, 2):
+    deploy.save(link, {"w": np.full(3, value, np.float32)}, overwrite=True)
+    assert link.is_symlink() and path.is_file()
+    np.testing.assert_array_equal(deploy.load(path)["w"], value)
+
+
+@pytest.mark.parametrize(
+  "params, match",
+  [
+    (
+      {"w": sparse((50, 50), 0.1), "w:values": np.ones(3, np.float32)},
+      "two leaves have the name 'w:values'",
+    ),
+    (
+      {"a": {"b": np.ones(3, np.float32)}, "a/b": sparse((50, 50), 0.1)},
+      "two leaves have the name 'a/b",
+    ),
+    ({"__metadata__": np.ones(3, np.float32)}, "'__metadata__', which the format has taken"),
+  ],
+)
+def test_names_that_are_taken_are_an_error(path, params, match):
+  with pytest.raises(ValueError, match=match):
     deploy.save(path, params)
+  assert not path.exists()
 
 
 def test_a_network_of_two_per_cent_takes_a_thirtieth(path):

@@ -47,6 +47,17 @@ FUNCTIONS = {
   "max_pool": lambda p, x: lax.reduce_window(
     x, -jnp.inf, lax.max, (1, 3, 2, 1), (1, 2, 1, 1), "SAME"
   ),
+  "pools_of_integers": lambda p, x: [
+    lax.reduce_window(
+      jnp.floor(3 * x).astype(dtype), dtype(start), function, (1, 3, 2, 1), (1,) * 4, "SAME"
+    )
+    for dtype in (np.int32, np.int8)
+    for start, function in (
+      (np.iinfo(dtype).min, lax.max),
+      (np.iinfo(dtype).max, lax.min),
+      (0, lax.add),
+    )
+  ],
   "mean_pool": lambda p, x: lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"),
   "take": lambda p, x: jnp.take(x, np.array([3, 1, 1], np.uint16), axis=2, mode="clip"),
   "constants": lambda p, x: x + jnp.arange(6.0) + jnp.cumsum(p[:, 0]),
@@ -247,6 +258,13 @@ def test_examples_are_shared_out_among_threads(monkeypatch):
     (lambda p, x: jnp.sort(x), "sort cannot be translated"),
     (lambda p, x: conv(x, random(3, 3, 6, 2), rhs_dilation=(2, 2)), "without dilation"),
     (lambda p, x: conv(x, random(3, 3, 1, 6), feature_group_count=6), "and groups"),
+    (lambda p, x: conv(x, random(2, 2, 6, 2), ((-1, 0), (0, 0))), "negative padding"),
+    (
+      lambda p, x: lax.reduce_window(
+        x, -jnp.inf, lax.max, (1, 2, 2, 1), (1,) * 4, ((0, 0), (-1, 0), (0, 0), (0, 0))
+      ),
+      "negative padding",
+    ),
     (lambda p, x: jnp.take(x, jnp.int32(x[:, 0, 0, 0]), axis=1), "gather"),
     (lambda p, x: x[:, [0, 1], [1, 2]], "gather"),
     (lambda p, x: take_corners(x[:, :, 0, 0]) @ random(4, 1), "gather"),
