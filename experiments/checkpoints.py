@@ -62,14 +62,28 @@ class Checkpoints:
       return like, []
     epochs = len(metrics)
     self._drop(damaged, f"going back to {epochs}")
+    return self._read(epochs, like), metrics
+
+  def restore(self, epochs: int, like: Any) -> Any:
+    """Reads the checkpoint after so many epochs, in the form of `like`; removes nothing.
+
+    Raises:
+      ValueError: if it is not there or not whole.
+    """
+    if epochs not in self.epochs:
+      raise ValueError(f"{self._manager.directory} has no checkpoint after {epochs} epochs")
+    if reason := self._fault(epochs):
+      raise ValueError(f"{self._folder(epochs)} is not whole: {reason}")
+    return self._read(epochs, like)
+
+  def _read(self, epochs: int, like: Any) -> Any:
     try:
-      state = self._manager.restore(epochs, args=ocp.args.StandardRestore(like))
+      return self._manager.restore(epochs, args=ocp.args.StandardRestore(like))
     except ValueError as error:
       raise ValueError(
         f"{self._folder(epochs)} is whole, but of something else, perhaps of an earlier version"
         f" of this program: remove {self._manager.directory} to start anew. {error}"
       ) from error
-    return state, metrics
 
   def _find_whole(self) -> tuple[list[tuple[int, str]], list[dict[str, Any]] | None]:
     """What is wrong with the latest checkpoints, and the metrics of the last one that is whole."""
@@ -102,7 +116,7 @@ class Checkpoints:
       return "the run ended while it was written"
     try:
       written = dict(json.loads((folder / _CHECKSUMS).read_text()))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OSError):
       return f"{_CHECKSUMS} is damaged"
     found = _checksums(folder)
     changed = {name for name in written | found if written.get(name) != found.get(name)}

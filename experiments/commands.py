@@ -9,14 +9,19 @@ from experiments.published import DataNotFound
 
 
 @contextlib.contextmanager
-def errors_as_messages() -> Iterator[None]:
-  """Ends a command with a message where the user can mend what is wrong."""
+def errors_as_messages(*, resumes: bool = False) -> Iterator[None]:
+  """Ends a command with a message where the user can mend what is wrong.
+
+  Args:
+    resumes: whether a command that was interrupted goes on where it was.
+  """
   try:
     yield
   except (DataNotFound, ValueError) as error:
     sys.exit(f"error: {error}")
   except KeyboardInterrupt:
-    sys.exit("interrupted: the same command resumes at the last checkpoint")
+    how = ": the same command resumes at the last checkpoint" if resumes else ""
+    sys.exit(f"interrupted{how}")
 
 
 def check_fields(options: Any, requirements: Mapping[str, tuple[bool, str]]) -> None:

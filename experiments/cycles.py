@@ -146,12 +146,13 @@ def restore_finished(run: Run, trainer: Trainer) -> TrainState:
   state = trainer.init()
   with checkpoints.open_checkpoints(folder) as saved:
     like = _begin(run.recipe, state, _whole_variables(trainer, state))
-    progress, metrics = saved.restore_latest(like)
-  if len(metrics) != run.recipe.total_epochs:
-    raise ValueError(
-      f"{folder} has no checkpoint of the end of the run, after {run.recipe.total_epochs} epochs"
-    )
-  return progress.state
+    try:
+      return saved.restore(run.recipe.total_epochs, like).state
+    except ValueError as error:
+      raise ValueError(
+        f"the end of this run is lost: remove {run.folder / 'result.json'} and train it again."
+        f" {error}"
+      ) from error
 
 
 def _begin(recipe: Recipe, state: TrainState, initial: Variables) -> Progress:

@@ -274,14 +274,14 @@ def _times(shape: Sequence[int]) -> str:
   return "x".join(map(str, shape)) or "one number"
 
 
-def _check_writable(out: pathlib.Path) -> None:
-  """Raises a ValueError if nothing can be written there, before anything is measured."""
+def _check_writable(name: str, path: pathlib.Path, folder: pathlib.Path) -> None:
+  """Raises a ValueError that names an option whose path lies in a folder that cannot be written."""
   try:
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
       pass
   except OSError as error:
-    raise ValueError(f"out={out} cannot be written: {error}") from error
+    raise ValueError(f"{name}={path} cannot be written: {error}") from error
 
 
 def _plot(path: pathlib.Path, record: dict[str, Any], variables: dict[str, Any]) -> None:
@@ -302,7 +302,10 @@ def main(args: list[str] | None = None) -> None:
   with commands.errors_as_messages():
     options = tyro.cli(Options, prog="python -m experiments.deploy", args=args)
     out = options.out or options.run
-    _check_writable(out)
+    # Before anything is measured.
+    _check_writable("out", out, out)
+    if options.weights:
+      _check_writable("weights", options.weights, options.weights.parent)
     record, variables = make_report(options)
     record = json.loads(records.to_json(record))  # As it is read again.
     text = to_markdown(record)

@@ -5,6 +5,7 @@ images. The sparsity is data: each lane's state has the index of its own, from w
 many pruned weights as in a run of its own (see `sparsejax.OneOf`).
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -89,8 +90,8 @@ def train_lanes(
     time limit came first.
 
   Raises:
-    ValueError: if the runs are others, or of a recipe that does not fit in lanes, or if the folder
-      holds other ones.
+    ValueError: if the runs are others, or of a recipe that does not fit in lanes, or if the folder,
+      or that of a run, holds other ones.
   """
   deadline = time.perf_counter() + time_limit
   grid = _check_grid(runs)
@@ -100,7 +101,9 @@ def train_lanes(
   dataset = data.load(recipe.data, first.data_dir)
   config = train_lib.make_config(first) | {"sparsity": list(sparsities), "seed": list(seeds)}
   provenance = records.provenance()
-  with records.open_folder(folder, config), jax.default_device(train_lib.find_device(first.device)):
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(records.open_folder(folder, config))
+    stack.enter_context(jax.default_device(train_lib.find_device(first.device)))
     # On the device once, for all lanes.
     dataset = dataclasses.replace(
       dataset,
@@ -117,6 +120,8 @@ def train_lanes(
         f" {len(runs)} runs are trained one after the other."
       )
       return _one_after_the_other(runs, deadline)
+    for run in runs:
+      stack.enter_context(records.open_folder(run.folder, train_lib.make_config(run)))
     compiling = time.perf_counter()
     # The optimizer is a part of each state; that of one does for all.
     state = _stack(
@@ -178,7 +183,8 @@ def train_lanes(
     provenance |= {"lanes": len(runs)}
     results = {}
     for lane, (place, run) in enumerate(grid.items()):
-      run.folder.mkdir(parents=True, exist_ok=True)
+      config = records.to_json(train_lib.make_config(run))
+      records.replace_file(run.folder / "config.json", config)
       lines = [of_epoch[lane] for of_epoch in metrics]
       text = "".join(json.dumps(line) + "\n" for line in lines)
       records.replace_file(run.folder / "metrics.jsonl", text)

@@ -17,6 +17,8 @@ from experiments.recipe import Recipe
 from experiments.tables import Row, Series, Table
 
 Results = Mapping[Row, Mapping[int, dict[str, Any]]]
+# Sparsities, in per cent, that stand together.
+_NEAR = 2.0
 
 
 def plot_run(
@@ -89,10 +91,14 @@ def plot_table(
 
 def _draw_block(block: Series, recipes: Mapping[Row, Recipe], results: Results, axis: Axes) -> None:
   """Draws a line for each series; what is not pruned at all is a level to compare with."""
-  rows = [row for rows in block.values() for row in rows]
-  pruned = [run["sparsity"] for row in rows for run in _alive(results[row]) if run["pruned"]]
-  pruned += [recipes[row].sparsity for row in rows if recipes[row].published]
-  place = _Places((100 * sparsity for sparsity in pruned if sparsity), len(block))
+  rows, pruned = [], []
+  for label, rows_of_label in block.items():
+    rows += rows_of_label
+    for row in rows_of_label:
+      found = [run["sparsity"] for run in _alive(results[row]) if run["pruned"]]
+      found += [recipes[row].sparsity] * (recipes[row].published is not None)
+      pruned += [(100 * sparsity, label, row) for sparsity in found if sparsity]
+  place = _Places(pruned, len(block))
   for i, (label, rows_of_label) in enumerate(block.items()):
     style, means = _style(i), {}
     runs = [run for row in rows_of_label for run in _alive(results[row])]
@@ -137,12 +143,22 @@ class _Places:
   """Where a sparsity stands: as it is, or, of many series, in a group, side by side.
 
   Attributes:
-    groups: of sparsities that are nearly the same; empty if they stand as they are.
+    groups: of sparsities that are nearly the same, but not of two rows of one series; empty if they
+      stand as they are.
   """
 
-  def __init__(self, sparsities: Iterable[float], series: int):
-    self.groups = _close_together(sparsities) if series > 5 else []
+  def __init__(self, sparsities: Iterable[tuple[float, str, Row]], series: int):
+    """Groups sparsities, each with the label and the row of one of so many series."""
+    self.groups: list[list[float]] = []
     self._series = series
+    row_of = {}  # In the last group, by label.
+    for sparsity, label, row in sorted(sparsities, key=lambda each: each[0]) if series > 5 else ():
+      above = sparsity - self.groups[-1][-1] if self.groups else math.inf
+      if above > _NEAR or (above and row_of.get(label, row) != row):
+        self.groups.append([])
+        row_of = {}
+      self.groups[-1].append(sparsity)
+      row_of[label] = row
 
   def __call__(self, series: int, sparsity: float) -> float:
     for i, group in enumerate(self.groups):
@@ -280,7 +296,7 @@ def _spread(values: Sequence[float]) -> float:
   return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _close_together(values: Iterable[float], gap: float = 2.0) -> list[list[float]]:
+def _close_together(values: Iterable[float], gap: float = _NEAR) -> list[list[float]]:
   """Groups of values, in order, between which there is a gap."""
   groups = []
   for value in sorted(values):

@@ -94,7 +94,7 @@ class Recipe:
   initial sparsity."""
   keep_weights: bool = False
   """Whether pruned weights keep their values, so that they can return; not with a progressive
-  ramp."""
+  ramp or a dynamic method."""
   dynamic: Dynamic = dataclasses.field(default_factory=Dynamic)
   foresight: Literal["none", "magnitude", "random", "snip", "grasp", "synflow"] = "none"
   """The score by which to prune before training, in place of a ramp."""
@@ -174,8 +174,8 @@ class Recipe:
           f"from 0 to the sparsity, {self.sparsity}",
         ),
         "keep_weights": (
-          not self.keep_weights or (has_ramp and self.ramp != "progressive"),
-          "False but with a linear or a cubic ramp",
+          not self.keep_weights or (self.prunes_by_epoch and self.ramp != "progressive"),
+          "False but with a linear or a cubic ramp, and without a dynamic method",
         ),
         "dynamic": (
           self.dynamic.method == "none" or (self.foresight == "none" and self.cycles == 1),
@@ -265,12 +265,12 @@ def from_config(config: Mapping[str, Any]) -> Recipe:
   """
   nested = {"augmentation": Augmentation, "dynamic": Dynamic, "published": Published}
   fields = {key: value for key, value in config.items() if key not in ("recipe", "seed")}
-  for key, kind in nested.items():
-    if fields.get(key) is not None:
-      fields[key] = kind(**fields[key])
   # JSON has no tuples.
   fields = {key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()}
   try:
+    for key, kind in nested.items():
+      if fields.get(key) is not None:
+        fields[key] = kind(**fields[key])
     return Recipe(**fields)
   except TypeError as error:
     raise ValueError(f"the config is not one of this version of the program: {error}") from error
@@ -278,14 +278,15 @@ def from_config(config: Mapping[str, Any]) -> Recipe:
 
 def smoke(recipe: Recipe) -> Recipe:
   """A version of a recipe that takes seconds: a narrow network, 512 images, two epochs a cycle."""
-  prunes_once = recipe.prune_epochs == 1
+  is_progressive = recipe.ramp == "progressive"
+  prunes_once = is_progressive and recipe.prune_epochs == 1
   return dataclasses.replace(
     recipe,
     width=recipe.width / 8,
     dtype="float32",
     epochs=2,
     prune_begin=int(prunes_once),
-    prune_epochs=1 if prunes_once or recipe.ramp != "progressive" else 2,
+    prune_epochs=2 if is_progressive and not prunes_once else 1,
     cycles=min(recipe.cycles, 3),
     rewind_epoch=min(recipe.rewind_epoch, 1),
     half_period=min(recipe.half_period, 1),

@@ -42,9 +42,10 @@ def open_folder(folder: pathlib.Path, config: dict[str, Any]) -> Iterator[None]:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
       raise ValueError(f"out={folder}: another process is training there") from error
-    path = folder / "config.json"
-    if path.exists():
+    if (path := folder / "config.json").exists():
       check_config(folder, read_json(path), config)
+    elif (path := folder / "result.json").exists():
+      check_config(folder, read_json(path).get("config", {}), config)
     elif (folder / "checkpoints").exists():
       raise ValueError(
         f"out={folder} has checkpoints, but no config.json that says of what: choose another"
@@ -221,7 +222,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Reads a file that holds one object; a ValueError names it if it does not."""
   try:
     content = json.loads(path.read_text())
-  except ValueError as error:
+  except (ValueError, OSError) as error:
     raise ValueError(f"{path} is damaged, remove it: {error}") from error
   if not isinstance(content, dict):
     raise ValueError(f"{path} is damaged, remove it: it holds no object")

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 import tyro
 
 from experiments import commands, data, lanes, plots, records, similarity
@@ -76,29 +77,38 @@ def reproduce(options: Options) -> tuple[str, list[str]]:
     The table in Markdown, and what kept recipes from being trained.
   """
   table = TABLES[options.table]
+  deadline = time.perf_counter() + options.time_limit
   options.results.mkdir(parents=True, exist_ok=True)
-  failures = _train_missing(options, table) if options.train else []
+  failures = _train_missing(options, table, deadline) if options.train else []
   text = make_table(options.table, options.results)
   records.replace_file(options.results / f"{options.table}.md", text)
   results = _read_results(table, options.results)
   recipes = {row: of_row(row) for row in table.rows}
   plots.plot_table(options.results / f"{options.table}.png", table, recipes, results)
   if table.compared:
-    similarity_path = options.results / f"{options.table}-similarity.json"
-    if options.train and not similarity_path.exists() and not failures:
-      runs = {name: _make_run(options, row, table.seeds[0]) for name, row in table.compared.items()}
-      records.replace_file(similarity_path, records.to_json(similarity.measure(runs)))
-    if similarity_path.exists():
-      found = records.read_json(similarity_path)
-      plots.plot_similarity(options.results / f"{options.table}-similarity.png", found)
+    is_complete = all(len(of_row) == len(table.seeds) for of_row in results.values())
+    _compare_criteria(options, table, deadline if options.train and is_complete else -math.inf)
   if table.by_cost:
     plots.plot_costs(options.results / f"{options.table}-cost.png", table, recipes, results)
   return text, failures
 
 
-def _train_missing(options: Options, table: Table) -> list[str]:
+def _compare_criteria(options: Options, table: Table, deadline: float) -> None:
+  """Draws how far criteria agree, and measures that before if it is not and there is time."""
+  path = options.results / f"{options.table}-similarity.json"
+  runs = {name: _make_run(options, row, table.seeds[0]) for name, row in table.compared.items()}
+  if not path.exists() and time.perf_counter() < deadline:
+    with jax.default_device(train_lib.find_device(options.device)):
+      if (found := similarity.measure(runs, deadline)) is not None:
+        records.replace_file(path, records.to_json(found))
+  if path.exists():
+    found, (first, *_) = records.read_json(path), runs.values()
+    records.check_config(path, found["config"], train_lib.make_config(first))
+    plots.plot_similarity(path.with_suffix(".png"), found)
+
+
+def _train_missing(options: Options, table: Table, deadline: float) -> list[str]:
   """Trains the runs that have no result; returns what kept recipes from being trained."""
-  deadline = time.perf_counter() + options.time_limit
   failures = []
   for name in options.recipes or table.recipes:
     try:
@@ -244,7 +254,7 @@ def different(texts: list[str]) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-  with commands.errors_as_messages():
+  with commands.errors_as_messages(resumes=True):
     options = tyro.cli(Options, prog="python -m experiments.reproduce", args=args)
     train_lib.set_determinism(options.deterministic)
     text, failures = reproduce(options)

@@ -36,8 +36,8 @@ class Run:
   workers: int = 0
   """Processes that decode streamed images; 0: threads of this process do. They change no result."""
   smoke: bool = False
-  """Whether to train only a narrow version of the network on 512 images for two epochs a
-  cycle."""
+  """Whether to train only a narrow version of the network on 512 images for two epochs a cycle, in
+  batches of 64. It takes the place of what is said of these, of the ramp and of the schedule."""
   mesh: str = ""
   """How devices share the work, such as data=4,model=2: four parts of each batch, and two of each
   matrix of parameters. It changes rounding alone, and a run may go on with another one. By default
@@ -48,7 +48,7 @@ class Run:
     commands.check_fields(
       self,
       {
-        "seed": (self.seed >= 0, "at least 0"),
+        "seed": (0 <= self.seed < 2**32, "from 0 to 2**32 - 1"),
         "checkpoint_every": (self.checkpoint_every >= 1, "at least 1"),
         "workers": (self.workers >= 0, "at least 0"),
         "time_limit": (self.time_limit > 0, "positive"),

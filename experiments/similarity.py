@@ -7,6 +7,8 @@ which differ in the criterion alone.
 
 import functools
 import itertools
+import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,16 +29,18 @@ PyTree = Any
 _FRACTION = 0.5
 
 
-def measure(runs: Mapping[str, Run]) -> dict[str, Any]:
+def measure(runs: Mapping[str, Run], deadline: float = math.inf) -> dict[str, Any] | None:
   """Trains a network with each criterion, and compares them.
 
   Args:
     runs: by the name of the criterion that weights are dropped by, otherwise alike.
+    deadline: by `time.perf_counter`, after which no epoch begins.
 
   Returns:
     What goes into a JSON: under "dropped" the Jaccard indices of what two criteria drop, half of
     the active weights of each layer, from the networks after each quarter of the first run, and
-    under "final masks" those of the masks after all runs; each overall and by layer.
+    under "final masks" those of the masks after all runs; each overall and by layer. None if the
+    deadline came first.
   """
   (name, first), *_ = runs.items()
   dropped, final = [], {}
@@ -46,6 +50,8 @@ def measure(runs: Mapping[str, Run]) -> dict[str, Any]:
     trainer = training.make_trainer(recipe, dataset, run.seed)
     epoch_fn, state = trainer.compile_epoch(), trainer.init()
     for epoch in tqdm.trange(recipe.epochs, desc=criterion, unit="epoch"):
+      if time.perf_counter() > deadline:
+        return None
       state, _ = epoch_fn(state, trainer.train)
       if criterion == name and (epoch + 1) % (recipe.epochs // 4) == 0:
         sets = _dropped_by_each(run, dataset, trainer, state, [*runs, "random"])

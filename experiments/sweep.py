@@ -313,7 +313,7 @@ def _plot(
 
 
 def main(args: list[str] | None = None) -> None:
-  with commands.errors_as_messages():
+  with commands.errors_as_messages(resumes=True):
     description = "Sweeps a recipe over sparsities and seeds, as one compiled program."
     options = train_lib.parse(Sweep, "sweep", description, args)
     train_lib.set_determinism(options.deterministic)

@@ -221,7 +221,7 @@ def parse(
 
 
 def main(args: list[str] | None = None) -> None:
-  with commands.errors_as_messages():
+  with commands.errors_as_messages(resumes=True):
     run = parse(Run, "train", "Trains one run of a recipe.", args)
     set_determinism(run.deterministic)
     distributed.start(run.distributed)

@@ -120,8 +120,21 @@ def test_a_run_that_ended_within_its_first_checkpoint_starts_anew(tmp_path, monk
   assert restore(folder)[0] == 0
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "{", '["state"]'])
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '["state"]', None])
 def test_checksums_that_say_nothing_are_no_checksums(folder, content):
-  (folder / "30/checksums.json").write_text(content)
+  path = folder / "30/checksums.json"
+  path.unlink()
+  path.mkdir() if content is None else path.write_text(content)
   with pytest.warns(UserWarning, match="going back to 20"):
     assert restore(folder)[0] == 20
+
+
+def test_the_checkpoint_that_is_asked_for_is_read_and_nothing_is_removed(folder):
+  with checkpoints.open_checkpoints(folder) as saved:
+    chex.assert_trees_all_equal(saved.restore(20, state_after(0)), state_after(20))
+    with pytest.raises(ValueError, match="has no checkpoint after 10 epochs"):
+      saved.restore(10, state_after(0))
+    (folder / "30/checksums.json").write_text("{}")
+    with pytest.raises(ValueError, match="30 is not whole: damaged are"):
+      saved.restore(30, state_after(0))
+    assert saved.epochs == [20, 30]

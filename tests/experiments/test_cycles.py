@@ -14,6 +14,7 @@ import pytest
 
 import sparsejax
 from experiments import checkpoints, cycles, data, methods, train, training
+from experiments.recipe import Dynamic
 from experiments.recipes import RECIPES
 
 pytestmark = pytest.mark.usefixtures("trainers")
@@ -190,6 +191,11 @@ def test_a_dead_cycle_does_not_make_a_later_one_dead(tmp_path):
     ({"foresight": "snip"}, r"foresight='snip' must be none with a sparsity of 0\.0"),
     ({"restart_epoch": 5}, "restart_epoch=5 must be an epoch from 0 to 4"),
     ({"sparsity": 0.5, "prune_epochs": 2, "keep_weights": True}, "keep_weights=True must be False"),
+    (
+      {"sparsity": 0.5, "prune_epochs": 2, "ramp": "cubic", "keep_weights": True}
+      | {"dynamic": Dynamic("granet")},
+      "keep_weights=True must be False but with a .* and without a dynamic method",
+    ),
   ],
 )
 def test_an_impossible_recipe_is_an_error_that_names_the_field(changes, said):

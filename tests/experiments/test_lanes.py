@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import data, lanes, similarity, train
+from experiments import data, lanes, records, similarity, train
 from experiments.recipe import Dynamic
 from experiments.recipes import RECIPES, of_row
 from experiments.run import Run
@@ -60,6 +60,8 @@ def test_lanes_come_to_what_separate_runs_come_to(tmp_path):
   folder = tmp_path / f"{run.recipe.sparsity}/seed{run.seed}"
   assert json.loads((folder / "result.json").read_text())["pruned"] == result["pruned"]
   assert len({result["test_accuracy"] for result in results}) > 1
+  with records.open_folder(folder, train.make_config(run)):  # It is known as that run's.
+    assert json.loads((folder / "config.json").read_text())["seed"] == run.seed
   # Exactly as many weights are pruned after each epoch, on the way to another sparsity each.
   after_epochs = [
     [round(line["sparsity"] * result["pool"]) for line in metrics_of(each)]
@@ -86,6 +88,22 @@ def test_lanes_that_were_cut_resume_to_the_same_bits(tmp_path):
   assert calls == recipe.epochs
   assert [r["test_accuracy"] for r in found] == [r["test_accuracy"] for r in whole]
   assert [r["layers"] for r in found] == [r["layers"] for r in whole]
+
+
+def test_lanes_leave_the_folder_of_another_run_alone(tmp_path, monkeypatch):
+  recipe = dataclasses.replace(DIGITS, epochs=2)
+  runs = make_runs(tmp_path, recipe)
+  other = dataclasses.replace(runs[1], recipe=dataclasses.replace(recipe, sparsity=0.6))
+  train.train(other)
+  before = (other.folder / "result.json").read_text()
+  for name in ("config.json", "result.json"):
+    with pytest.raises(ValueError, match=r"0\.5/seed2 holds a run with sparsity=0\.6"):
+      lanes.train_lanes(runs, tmp_path / "lanes")
+    (other.folder / name).unlink()
+    (other.folder / "result.json").write_text(before)
+  with pytest.raises(ValueError, match=r"0\.5/seed2 holds a run with sparsity=0\.6"):
+    train.train(runs[1])
+  assert not (runs[0].folder / "result.json").exists()
 
 
 def test_lanes_that_differ_in_more_than_seed_and_sparsity_are_an_error(tmp_path):
@@ -164,6 +182,7 @@ def test_criteria_that_are_alike_drop_alike(tmp_path):
     by_chance = [value for pair, value in overall.items() if "random" in pair]
     np.testing.assert_allclose(by_chance, 1 / 3, atol=0.06)
     assert all(len(pair["layers"]) == 3 for pair in each["pairs"])
+  assert similarity.measure(runs, deadline=0.0) is None
   final = [pair["overall"] for pair in found["final masks"]["pairs"]]
   assert len(final) == 3
   assert all(0.1 < value < 1 for value in final)

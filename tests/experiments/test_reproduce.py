@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from experiments import records, reproduce, tables
+from experiments import plots, records, reproduce, tables
 from experiments.recipes import RECIPES, of_row
 
 
@@ -148,6 +148,66 @@ def test_a_result_of_another_recipe_is_an_error_that_names_the_field(folder):
   path.write_text("{")
   with pytest.raises(ValueError, match=r"98-seed42\.json is damaged"):
     reproduce.reproduce(reproduce.Options("lenet-mnist", results=folder, train=False))
+
+
+@pytest.fixture
+def criteria(tmp_path):
+  """A folder with all runs of a table of criteria."""
+  (tmp_path / "runs").mkdir()
+  table = reproduce.TABLES["criteria"]
+  for row in table.rows:
+    for seed in table.seeds:
+      of_row_and_seed = result(row.recipe, seed, 97.0)
+      of_row_and_seed["config"] |= dataclasses.asdict(of_row(row))
+      path = tmp_path / f"runs/{row.name}-seed{seed}.json"
+      path.write_text(json.dumps(of_row_and_seed))
+  return tmp_path
+
+
+def test_criteria_are_compared_once_all_runs_are_there_and_if_there_is_time(criteria, monkeypatch):
+  measured = []
+
+  def fake_measure(runs, deadline):
+    (first, *_) = runs.values()
+    measured.append(deadline)
+    return {"config": reproduce.train_lib.make_config(first)}
+
+  monkeypatch.setattr(reproduce.similarity, "measure", fake_measure)
+  monkeypatch.setattr(reproduce.plots, "plot_similarity", lambda path, found: None)
+  monkeypatch.setattr(reproduce.lanes, "train_lanes", lambda *args: None)
+  monkeypatch.setattr(reproduce.train_lib, "train", lambda run: None)
+  options = reproduce.Options("criteria", results=criteria)
+  reproduce.reproduce(dataclasses.replace(options, train=False))
+  reproduce.reproduce(dataclasses.replace(options, time_limit=1e-9))
+  path = next((criteria / "runs").iterdir())
+  content = path.read_text()
+  path.unlink()
+  reproduce.reproduce(options)
+  assert not measured
+  path.write_text(content)
+  for _ in range(2):
+    reproduce.reproduce(options)
+  assert len(measured) == 1
+  path = criteria / "criteria-similarity.json"
+  path.write_text(path.read_text().replace('"width": 1.0', '"width": 0.5'))
+  with pytest.raises(ValueError, match=r"similarity\.json holds a run with width=0\.5"):
+    reproduce.reproduce(options)
+
+
+def test_sparsities_stand_together_only_if_they_are_of_different_series():
+  block, *_ = reproduce.TABLES["criteria-mlp"].blocks.values()
+  of_rows = [
+    (100 * of_row(row).sparsity, label, row)
+    for label, rows in block.items()
+    for row in rows
+    if of_row(row).sparsity
+  ]
+  places = plots._Places(of_rows, len(block))
+  densities = {sparsity for sparsity, _, _ in of_rows}
+  assert [set(group) for group in places.groups] == [{each} for each in sorted(densities)]
+  near = [(78.9, "a", 1), (79.0, "b", 2), (79.02, "b", 2), (80.5, "a", 3), (98.0, "a", 4)]
+  assert plots._Places(near, 6).groups == [[78.9, 79.0, 79.02], [80.5], [98.0]]
+  assert plots._Places(near, 5).groups == []
 
 
 def test_what_cannot_be_trained_does_not_stop_the_others(folder, monkeypatch):

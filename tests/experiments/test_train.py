@@ -110,6 +110,15 @@ def test_each_recipe_has_a_smoke_version(name):
   assert recipe_lib.smoke(RECIPES[name]).total_epochs <= 6
 
 
+@pytest.mark.parametrize("ramp", ["progressive", "linear", "cubic"])
+@pytest.mark.parametrize("prune_epochs", [1, 2, 9])
+def test_a_recipe_with_any_ramp_has_a_smoke_version(ramp, prune_epochs):
+  recipe = dataclasses.replace(RECIPES["lenet300-digits"], ramp=ramp, prune_epochs=prune_epochs)
+  smoked = recipe_lib.smoke(recipe)
+  once = ramp == "progressive" and prune_epochs == 1
+  assert (smoked.ramp, smoked.epochs, smoked.prune_begin) == (ramp, 2, int(once))
+
+
 @pytest.mark.parametrize("name", SMOKED)
 def test_the_smoke_version_of_each_recipe_runs_on_real_images(name, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(data, "load", real_images)
@@ -436,6 +445,7 @@ def test_an_epoch_that_was_survived_is_no_collapse():
     (["lenet300-digits", "--sparsity", "1.5"], "sparsity=1.5"),
     (["lenet300-digits", "--epochs", "100"], "prune_epochs=120"),
     (["lenet300-digits", "--seed", "-1"], "seed=-1"),
+    (["lenet300-digits", "--seed", str(2**32)], "seed=4294967296 must be from 0 to"),
     (["lenet300-digits", "--checkpoint-every", "0"], "checkpoint_every=0"),
     (["lenet300-digits", "--time-limit", "0"], "time_limit=0"),
     (["lenet300-digits", "--batch-size", "2000"], "batch_size=2000"),
