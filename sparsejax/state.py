@@ -53,20 +53,22 @@ def get_masks(opt_state: PyTree, params: PyTree) -> PyTree:
     >>> sparsejax.get_masks(tx.init(params), params)["bias"]
     Array([ True,  True], dtype=bool)
   """
-  shapes = masks_lib.leaves_by_name(params)
-  paths = {masks_lib.strip_value(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)}
+  given = jax.tree_util.tree_leaves_with_path(params)
+  # By name where the parameters are in another container, such as a module of Flax NNX.
+  leaves = {masks_lib.path_name(path): leaf for path, leaf in given}
+  leaves |= {masks_lib.strip_value(path): leaf for path, leaf in given}
   found = {}
   for state in _states(opt_state):
     for path, mask in jax.tree_util.tree_leaves_with_path(packing.unpack(state.masks, params)):
       name, path = masks_lib.path_name(path), masks_lib.strip_value(path)
+      key = path if path in leaves else name
       masks_lib.check_same_shapes(
         {name: mask},
-        {name: shapes[name]} if name in shapes else {},
+        {name: leaves[key]} if key in leaves else {},
         "the masks",
         "the parameters",
       )
-      # By name where the parameters are in another container, such as a module of Flax NNX.
-      found.setdefault(path if path in paths else name, []).append(mask)
+      found.setdefault(key, []).append(mask)
 
   def full_mask(path, leaf):
     masks = found.get(masks_lib.strip_value(path), []) + found.get(masks_lib.path_name(path), [])
