@@ -151,7 +151,9 @@ def make_dynamic(
     return sparsejax.static_sparse_training(sgd, **start)
   floor = dynamic.last_fraction / dynamic.fraction if dynamic.fraction else 0.0
   fraction = optax.cosine_decay_schedule(dynamic.fraction, end, floor)
-  # The last step changes no masks: what would grow could not learn any more.
+  # Wherever the grid is, masks change for a last time at `end`. If that is the end of training, it
+  # is before the last step, since what grew after it could not learn; or at the last step, where
+  # that is decided before the step.
   when = dict(every=every, end=min(end, total - 1), fraction=fraction)
   if dynamic.method == "granet":
     return sparsejax.granet(

@@ -13,7 +13,8 @@ DENSITIES = (0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 def on_equal_terms(prefix: str, recipe: Recipe) -> dict[str, Recipe]:
   """Other methods with the data, network, optimizer and epochs of one of progressive pruning.
 
-  Their names are the prefix and the method. Masks change once an epoch, and all start with ERK:
+  Their names are the prefix and the method. Masks change once an epoch, and once more where
+  `make_dynamic` says; all start with ERK:
 
   - "granet", "granet-sparse": GraNet from dense and from half of the weights, with the ramp of the
     given recipe; it regenerates half of the weights at first, as published, and 0.5 % at last;
@@ -68,10 +69,12 @@ def criteria_grid(prefix: str, recipe: Recipe) -> dict[str, Recipe]:
 # specifications of its code; no table of accuracies is published.
 # DEVIATIONS: exactly as many weights are active in each layer as ERK says (there, each is drawn by
 # itself), and exactly as many grow at random as were dropped (there, as many on average); SET drops
-# no weight more where the number is odd; the last step changes no masks. Images are normalised as
-# everywhere here (there, CIFAR-10 by other deviations, and Fashion-MNIST by 0.5 and 0.5), and
-# cropped with a margin of zeros (there, of reflections). The small ConvNet has the layers that its
-# code has, and so 94,538 parameters (a comment there says 95,818).
+# no weight more where the number is odd; masks change once more at the end (there, every 800 steps
+# only). Images are normalised as everywhere here (there, CIFAR-10 by other deviations, and
+# Fashion-MNIST by 0.5 and 0.5), and cropped with a margin of zeros (there, of reflections). LeNet-5
+# starts as SNIP's does (there, by torch's default), and ResNet-56 as in open_lth, with uniform
+# scales of batch norm (there, ones). The small ConvNet has the layers that its code has, and so
+# 94,538 parameters (a comment there says 95,818).
 _FANTASTIC = Recipe(
   data="cifar10",
   model="mlp",
@@ -88,12 +91,15 @@ _CIFAR = dataclasses.replace(_FANTASTIC, augmentation=_CIFAR_CROPS)
 
 # Liu et al., "Sparse Training via Boosting Pruning Plasticity with Neuroregeneration", 2021 (arXiv
 # 2106.10404), GraNet on CIFAR: 160 epochs, masks change every 1000 steps, the ramp ends with epoch
-# 80. The paper reports the epoch that is best on the test set; here it is the last.
+# 80. Its VGG-19 is that of GraSP. The paper reports the epoch that is best on the test set; here it
+# is the last.
 # DEVIATIONS: bfloat16; the ramp reaches the final sparsity (there, it stops one change before), and
-# exactly as many weights are left as it asks for; the last step changes no masks.
+# exactly as many weights are left as it asks for; masks change once more before the last step.
+# Images are normalised as everywhere here (there, by other deviations), and cropped with a margin
+# of zeros (there, of reflections).
 _GRANET = Recipe(
   data="cifar10",
-  model="vgg19",
+  model="vgg19-grasp",
   dtype="bfloat16",
   epochs=160,
   learning_rate=0.1,
@@ -182,14 +188,14 @@ def published() -> dict[str, Recipe]:
   """GraNet's, RigL's, and the grids of Fantastic Weights; on ImageNet, GraNet's."""
   found = {}
   for data in ("cifar10", "cifar100"):
-    for model in ("vgg19", "resnet50"):
+    for name, model in (("vgg19", "vgg19-grasp"), ("resnet50", "resnet50")):
       dense_to_sparse = dataclasses.replace(_GRANET, data=data, model=model)
       # All of CIFAR-100's training images are trained on.
       dense_to_sparse = dataclasses.replace(
         dense_to_sparse, validation=0.1 if data == "cifar10" else 0.0
       )
-      found[f"{model}-{data}-granet"] = dense_to_sparse
-      found[f"{model}-{data}-granet-sparse"] = dataclasses.replace(
+      found[f"{name}-{data}-granet"] = dense_to_sparse
+      found[f"{name}-{data}-granet-sparse"] = dataclasses.replace(
         dense_to_sparse, initial_sparsity=0.5
       )
   # Progressive pruning in the training of GraNet, over all of its ramp, for comparison.
