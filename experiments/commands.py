@@ -1,6 +1,7 @@
 """What the commands share."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,9 @@ def errors_as_messages(*, resumes: bool = False) -> Iterator[None]:
     yield
   except (DataNotFound, ValueError) as error:
     sys.exit(f"error: {error}")
+  except BrokenPipeError:  # What was printed is not read to its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
   except KeyboardInterrupt:
     how = ": the same command resumes at the last checkpoint" if resumes else ""
     sys.exit(f"interrupted{how}")

@@ -299,10 +299,19 @@ def check_batch(batch_size: int, mesh: Mesh | None) -> None:
 
 
 def shard_of_process(mesh: Mesh) -> tuple[int, int]:
-  """Which of so many parts of each batch the devices of this process compute with."""
+  """Which of so many parts of each batch the devices of this process compute with.
+
+  Raises:
+    ValueError: if processes have parts that overlap, or of several sizes.
+  """
   rows = collections.defaultdict(list)
   for row, devices in enumerate(mesh.devices):
     for index in {device.process_index for device in devices}:
       rows[index].append(row)
   parts = sorted({tuple(part) for part in rows.values()})
+  if sum(map(len, parts)) != len(mesh.devices) or len(set(map(len, parts))) > 1:
+    raise ValueError(
+      f"mesh: the {len(mesh.devices)} parts of a batch must be shared out among processes evenly,"
+      f" each whole to one of them or to the same ones, but they have {parts}"
+    )
   return parts.index(tuple(rows[jax.process_index()])), len(parts)

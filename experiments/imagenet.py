@@ -151,6 +151,11 @@ class Stream:
     try:
       yield from found
     except RuntimeError as error:
+      if "terminated" in str(error):
+        raise ValueError(
+          f"one of workers={self.workers} processes that decode images was ended, perhaps for want"
+          f" of memory: {error}"
+        ) from error
       files = self.dataset.directory / f"{NAME}-{self.split}.array_record*"
       raise ValueError(f"{files} is incomplete or corrupt: {error}") from error
 

@@ -86,7 +86,7 @@ def reproduce(options: Options) -> tuple[str, list[str]]:
   recipes = {row: of_row(row) for row in table.rows}
   plots.plot_table(options.results / f"{options.table}.png", table, recipes, results)
   if table.compared:
-    is_complete = all(len(of_row) == len(table.seeds) for of_row in results.values())
+    is_complete = all(len(found) == len(table.seeds) for found in results.values())
     _compare_criteria(options, table, deadline if options.train and is_complete else -math.inf)
   if table.by_cost:
     plots.plot_costs(options.results / f"{options.table}-cost.png", table, recipes, results)

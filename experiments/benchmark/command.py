@@ -80,7 +80,7 @@ class Options:
   data_dir: pathlib.Path | None = None
   """Directory of ImageNet, for the loader."""
   sparsity: float = 0.729
-  """The fraction to prune."""
+  """The fraction to prune; for network and training, the recipe's."""
   sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99)
   """The same for inference."""
   batches: tuple[int, ...] = (1, 256)
@@ -102,7 +102,19 @@ class Options:
         "unroll": (min(self.unroll, default=0) >= 1, "at least 1"),
         "workers": (min(self.workers, default=-1) >= 0, "at least 0"),
         "images": (self.images >= 0, "at least 0"),
+        "recipes": (
+          self._can_measure_recipes(),
+          f"of {', '.join(networks.IMAGES)}, in memory, and for network prune by epochs",
+        ),
       },
+    )
+
+  def _can_measure_recipes(self) -> bool:
+    if self.what not in ("all", "network", "training"):
+      return True
+    recipes = [RECIPES[name] for name in self.recipes]
+    return all(recipe.data in networks.IMAGES for recipe in recipes) and (
+      self.what == "training" or all(recipe.prunes_by_epoch for recipe in recipes)
     )
 
   @property

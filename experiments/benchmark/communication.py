@@ -8,8 +8,10 @@ from typing import Any
 _COMPUTATION = re.compile(r"(?:ENTRY )?(%[\w.-]+) \(.*\{$")
 _CALLS = re.compile(r"\b(\w+)=\{?(%[\w.-]+(?:, %[\w.-]+)*)")
 _COLLECTIVE = re.compile(
-  r"= (.*?) (?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+  r"= (.*?) ((?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?)\("
 )
+# The result of these is a tuple of what goes in, what comes out, and more.
+_WITH_INPUTS = ("all-gather-start", "collective-permute-start")
 _ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\]")
 
 
@@ -35,7 +37,8 @@ def bytes_sent(program: Any) -> dict[str, int]:
       if attribute in ("body", "condition"):
         loops.update(called)
     if found := _COLLECTIVE.search(line):
-      sizes[computation].append(_bytes_of(found[1]))
+      shapes, kind = found.groups()
+      sizes[computation].append(_bytes_of(_parts(shapes)[1] if kind in _WITH_INPUTS else shapes))
   inside = set()
   while loops:
     inside.add(name := loops.pop())
@@ -45,6 +48,18 @@ def bytes_sent(program: Any) -> dict[str, int]:
     "once": sum(sum(each) for name, each in sizes.items() if name not in inside),
     "each_pass": sum(sum(each) for name, each in sizes.items() if name in inside),
   }
+
+
+def _parts(shapes: str) -> list[str]:
+  """The shapes of a tuple, each of which may be one again."""
+  parts, depth = [""], 0
+  for character in shapes[1:-1]:
+    depth += (character in "([{") - (character in ")]}")
+    if character == "," and not depth:
+      parts.append("")
+    else:
+      parts[-1] += character
+  return parts
 
 
 def _bytes_of(shapes: str) -> int:

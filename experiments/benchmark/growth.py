@@ -63,14 +63,14 @@ def growth_with_devices(record: Record) -> list[str]:
   for row in record["measured"].get("devices", []):
     if "changed" in row["seconds"]:
       groups.setdefault((row["tree"], row["method"], row["placement"]), []).append(row)
-  lines = [
-    [*names, quantity, *_relative([value(row) for row in rows])]
-    for names, rows in groups.items()
-    for quantity, value in _OF_DEVICES
-  ]
   counts = sorted({row["devices"] for rows in groups.values() for row in rows})
   if len(counts) < 2:
     return []
+  lines = []
+  for names, rows in groups.items():
+    rows.sort(key=lambda row: row["devices"])
+    for quantity, value in _OF_DEVICES:
+      lines.append([*names, quantity, *_relative([value(row) for row in rows])])
   header = ["tree", "method", "each has", "quantity", *map(str, counts)]
   return [
     "## Growth with the number of devices",

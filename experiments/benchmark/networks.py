@@ -74,6 +74,7 @@ def measure_network(name: str, dtype: str, batch_size: int, *, rounds: int) -> d
   )
   dense = dataclasses.replace(recipe, sparsity=0.0, initial_sparsity=0.0)
   images, *shape = IMAGES[recipe.data]
+  trained = images - round(published.validation * images)
   dataset = random_images(recipe.batch_size, shape)
   (run_dense, compile_dense), (run_again, _), (run, compile_pruned) = (
     _make_step(each, dataset) for each in (dense, dense, recipe)
@@ -89,7 +90,7 @@ def measure_network(name: str, dtype: str, batch_size: int, *, rounds: int) -> d
     "tree": recipe.model,
     "dtype": dtype,
     "batch_size": recipe.batch_size,
-    "steps_an_epoch": images // published.batch_size,
+    "steps_an_epoch": math.ceil(trained / published.batch_size),
     "seconds": timing.take_turns(variants, _MORE_ROUNDS * rounds, _LIMIT),
     "dense": {"compile_seconds": compile_dense},
     "pruned": {"compile_seconds": compile_pruned},

@@ -2,6 +2,7 @@ import collections
 import functools
 import json
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from experiments.benchmark import (
   communication,
   devices,
   figures,
+  growth,
   inference,
   networks,
   report,
@@ -306,6 +308,60 @@ def test_bytes_are_counted_in_each_pass_of_a_loop_and_outside_of_loops():
 def test_devices_that_are_missing_are_simulated_in_another_process():
   assert devices.with_devices(8, jax.device_count) == jax.device_count()
   assert devices.with_devices(9, jax.device_count) == 9
+
+
+def test_what_an_asynchronous_operation_sends_is_what_it_gives():
+  lines = [
+    "ENTRY %main (p: f32[4]) -> f32[16] {",
+    "  %a = (f32[4]{0}, f32[16]{0}) all-gather-start(%p), dimensions={0}",
+    "  %b = f32[16]{0} all-gather-done(%a)",
+    "  %c = ((f32[4], s32[2,3]), (f32[16], s32[8,3])) all-gather-start(%p, %q), dimensions={0}",
+    "  %d = (f32[4], f32[4], u32[], u32[]) collective-permute-start(%p)",
+    "  %e = (f32[4], f32[2]) all-reduce-start(%p, %r)",
+    "  %f = f32[16] all-gather(%p), dimensions={0}",
+  ]
+  program = types.SimpleNamespace(as_text=lambda: "\n".join(lines))
+  sent = 64 + (64 + 96) + 16 + 24 + 64
+  assert communication.bytes_sent(program) == {"operations": 5, "once": sent, "each_pass": 0}
+
+
+def test_numbers_of_devices_stand_under_their_own_in_any_order():
+  def row(devices, seconds):
+    return {
+      "tree": "t",
+      "method": "progressive",
+      "placement": "p",
+      "devices": devices,
+      "weights": 100,
+      "seconds": {name: [seconds] for name in ("reading", "bare", "kept", "changed")},
+      "pruned": {"compile_seconds": [seconds], "temporary_bytes": devices},
+      "sent": {"operations": 1, "once": devices, "each_pass": 0},
+    }
+
+  texts = [
+    growth.growth_with_devices({"measured": {"devices": rows}})[-1]
+    for rows in ([row(1, 2.0), row(2, 6.0)], [row(2, 6.0), row(1, 2.0)])
+  ]
+  assert texts[0] == texts[1]
+  assert "| bare step | 1 | 3 |" in texts[0]
+
+
+@pytest.mark.parametrize(
+  ("what", "recipe", "fits"),
+  [
+    ("network", "lenet300-mnist-98-e40-granet", False),
+    ("network", "lenet300-mnist-dense", False),
+    ("training", "lenet300-mnist-dense", True),
+    ("training", "resnet50-imagenet-dense", False),
+    ("selection", "resnet50-imagenet-dense", True),
+  ],
+)
+def test_recipes_that_cannot_be_measured_are_an_error(what, recipe, fits):
+  if fits:
+    command.Options(what, recipes=(recipe,))
+  else:
+    with pytest.raises(ValueError, match=f"recipes=.'{recipe}',. must be of digits, mnist"):
+      command.Options(what, recipes=(recipe,))
 
 
 def test_inference_is_timed_in_all_ways_and_goes_into_files_of_its_name(tmp_path, monkeypatch):

@@ -253,6 +253,14 @@ def test_processes_that_share_rows_of_a_mesh_read_the_same_images(rows, parts, m
     assert distributed.shard_of_process(mesh) == part
 
 
+@pytest.mark.parametrize("rows", [[[0, 0, 1], [1, 2, 2]], [[0, 1], [0, 0]], [[0], [0], [1]]])
+def test_processes_that_cannot_read_equal_parts_are_an_error(rows, monkeypatch):
+  devices = np.vectorize(lambda index: types.SimpleNamespace(process_index=index), [object])(rows)
+  monkeypatch.setattr(jax, "process_index", lambda: 0)
+  with pytest.raises(ValueError, match="must be shared out among processes evenly"):
+    distributed.shard_of_process(types.SimpleNamespace(devices=devices))
+
+
 def test_devices_share_parameters_momentum_and_masks():
   mesh = distributed.make_mesh("data=4,model=2", jax.devices())
   digits = data.load("digits")

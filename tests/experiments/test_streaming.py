@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import multiprocessing
 import pathlib
 import shutil
 import subprocess
@@ -196,6 +197,16 @@ def test_missing_shards_are_reported_before_training(prepared, tmp_path):
   next(tmp_path.rglob("*train.array_record-00001*")).unlink()
   with pytest.raises(data.DataNotFound, match=r"in part: .*train.array_record-00001.* missing"):
     data.load(imagenet.NAME, tmp_path)
+
+
+def test_a_process_that_is_killed_is_not_taken_for_a_damaged_file(prepared, monkeypatch):
+  stream = imagenet.Stream(data.load(imagenet.NAME, prepared), "train", 0, TRAIN, 8, 24, workers=1)
+  batches = stream.in_order()
+  next(batches)
+  for child in multiprocessing.active_children():
+    child.kill()
+  with pytest.raises(ValueError, match="workers=1 processes that decode images was ended"):
+    list(batches)
 
 
 @pytest.mark.parametrize("damage", ["cut", "overwritten"])

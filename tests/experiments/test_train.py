@@ -469,6 +469,17 @@ def test_an_unknown_recipe_or_option_fails_with_a_suggestion(arguments, said, ca
   assert "__" not in message
 
 
+def test_text_that_is_not_read_to_its_end_is_no_error():
+  code = "import sys; from experiments import commands\n"
+  code += "with commands.errors_as_messages(): [print(i) for i in range(10**5)]"
+  command = [sys.executable, "-c", code]
+  pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+    assert process.stdout.readline() == b"0\n"
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 1)
+
+
 def test_the_help_of_the_command_is_a_line_for_each_recipe_and_that_of_a_recipe_its_options(capsys):
   with pytest.raises(SystemExit) as end:
     train.main(["--help"])
