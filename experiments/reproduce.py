@@ -87,17 +87,17 @@ def reproduce(options: Options) -> tuple[str, list[str]]:
   plots.plot_table(options.results / f"{options.table}.png", table, recipes, results)
   if table.compared:
     is_complete = all(len(found) == len(table.seeds) for found in results.values())
-    _compare_criteria(options, table, deadline if options.train and is_complete else -math.inf)
+    _compare_criteria(options, table, deadline if options.train and is_complete else None)
   if table.by_cost:
     plots.plot_costs(options.results / f"{options.table}-cost.png", table, recipes, results)
   return text, failures
 
 
-def _compare_criteria(options: Options, table: Table, deadline: float) -> None:
-  """Draws how far criteria agree, and measures that before if it is not and there is time."""
+def _compare_criteria(options: Options, table: Table, deadline: float | None) -> None:
+  """Measures how far criteria agree, unless it is or there is no deadline, and draws it."""
   path = options.results / f"{options.table}-similarity.json"
   runs = {name: _make_run(options, row, table.seeds[0]) for name, row in table.compared.items()}
-  if not path.exists() and time.perf_counter() < deadline:
+  if not path.exists() and deadline is not None and time.perf_counter() < deadline:
     with jax.default_device(train_lib.find_device(options.device)):
       if (found := similarity.measure(runs, deadline)) is not None:
         records.replace_file(path, records.to_json(found))

@@ -137,7 +137,7 @@ _RIGL = Recipe(
 
 # Liu et al., 2021, GraNet, ResNet-50 on ImageNet in 100 epochs: 76.0 % at 80 % and 74.5 % at 90 %,
 # from half of the weights; masks change every 4000 steps, the ramp ends with epoch 30.
-# DEVIATIONS: those of GraNet above, and in their place or besides: bfloat16; batch norm sees the
+# DEVIATIONS: those of GraNet above but for its images, and besides: bfloat16; batch norm sees the
 # whole batch (there, the halves on two GPUs, each with a random start of its own); convolutions
 # start from fan_out (there, fan_in); 1,281,152 images an epoch (there, 15 more in a last batch);
 # what is regenerated falls from half to 0.5 % along a cosine, as on CIFAR.

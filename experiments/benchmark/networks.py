@@ -74,7 +74,7 @@ def measure_network(name: str, dtype: str, batch_size: int, *, rounds: int) -> d
   )
   dense = dataclasses.replace(recipe, sparsity=0.0, initial_sparsity=0.0)
   images, *shape = IMAGES[recipe.data]
-  trained = images - round(published.validation * images)
+  batches = (images - round(published.validation * images)) / published.batch_size
   dataset = random_images(recipe.batch_size, shape)
   (run_dense, compile_dense), (run_again, _), (run, compile_pruned) = (
     _make_step(each, dataset) for each in (dense, dense, recipe)
@@ -89,8 +89,9 @@ def measure_network(name: str, dtype: str, batch_size: int, *, rounds: int) -> d
     "recipe": name,
     "tree": recipe.model,
     "dtype": dtype,
+    "sparsity": recipe.sparsity,
     "batch_size": recipe.batch_size,
-    "steps_an_epoch": math.ceil(trained / published.batch_size),
+    "steps_an_epoch": math.floor(batches) if published.drop_last else math.ceil(batches),
     "seconds": timing.take_turns(variants, _MORE_ROUNDS * rounds, _LIMIT),
     "dense": {"compile_seconds": compile_dense},
     "pruned": {"compile_seconds": compile_pruned},
@@ -164,6 +165,7 @@ def measure_epochs(
     "recipe": name,
     "device": jax.devices()[0].device_kind,
     "dtype": dtype,
+    "sparsity": recipe.sparsity,
     "unroll": unroll,
     "images": steps_an_epoch * recipe.batch_size if recipe.drop_last else trained,
     "steps_an_epoch": steps_an_epoch,

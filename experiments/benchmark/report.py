@@ -51,8 +51,7 @@ def _provenance(record: Record) -> str:
 
 
 def _has_one_sparsity(record: Record) -> bool:
-  """Whether anything was measured that is neither of a recipe nor of several sparsities."""
-  return not record["measured"].keys().isdisjoint(("selection", "step", "devices", "abstract"))
+  return not all("sparsity" in row for row in itertools.chain(*record["measured"].values()))
 
 
 def _bandwidth(record: Record) -> list[str]:
