@@ -17,7 +17,7 @@ import numpy as np
 from experiments import imagenet, prepare, published
 from experiments.published import DataNotFound, Dataset
 
-_PROBE_SECONDS = 0.6
+_PROBE_SECONDS = 0.7
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset | imagenet.Imagenet:
@@ -179,16 +179,17 @@ def _read_prepared(name: str, directory: pathlib.Path) -> Dataset:
 
 def _answers(url: str) -> bool:
   """Whether a download can start at once: TFDS itself would retry an absent host for minutes."""
-  import requests  # What TFDS downloads with, so that both see the same proxies and certificates.
-
   answers = threading.Event()
 
   def probe():
+    import requests  # What TFDS downloads with, so that both see the same proxies and certificates.
+
     with contextlib.suppress(requests.RequestException):
       if requests.head(url, timeout=_PROBE_SECONDS, allow_redirects=True).ok:
         answers.set()
 
-  # In a thread because the timeout of a request does not cover the look-up of its host.
+  # In a thread because the timeout of a request covers neither the import of the package, nor the
+  # look-up of its host.
   thread = threading.Thread(target=probe, daemon=True)
   thread.start()
   thread.join(_PROBE_SECONDS)
