@@ -15,8 +15,7 @@ from experiments.recipe import Recipe
 from sparsejax import foresight, lottery
 from sparsejax.lottery import Round, Ticket
 
-_DYNAMIC = {
-  "rigl": sparsejax.rigl,
+_AFTER_STEP = {
   "set": sparsejax.sparse_evolutionary_training,
   "snfs": sparsejax.snfs,
 }
@@ -145,38 +144,46 @@ def make_dynamic(
   dynamic = recipe.dynamic
   every = dynamic.every or steps_per_epoch
   total = recipe.epochs * steps_per_epoch
-  end = round(dynamic.stop * total)
+  stop = round(dynamic.stop * total)
   start = dict(sparsity=sparsity, allocation=dynamic.allocation, key=key)
   if dynamic.method == "static":
     return sparsejax.static_sparse_training(sgd, **start)
   floor = dynamic.last_fraction / dynamic.fraction if dynamic.fraction else 0.0
-  fraction = optax.cosine_decay_schedule(dynamic.fraction, end, floor)
-  # Wherever the grid is, masks change for a last time at `end`. If that is the end of training, it
-  # is before the last step, since what grew after it could not learn; or at the last step, where
-  # that is decided before the step.
-  when = dict(every=every, end=min(end, total - 1), fraction=fraction)
+  fraction = optax.cosine_decay_schedule(dynamic.fraction, stop, floor)
+
+  def when(begin, *, after_step):
+    # To the last call of the grid after which a step is left: what grows there still learns.
+    last = min(stop, total - 1 if after_step else total - 2)
+    return dict(every=every, end=last - max(last - begin, 0) % every, fraction=fraction)
+
   if dynamic.method == "granet":
+    begin = recipe.prune_begin * steps_per_epoch
     return sparsejax.granet(
       sgd,
       initial=recipe.initial_sparsity,
-      begin=recipe.prune_begin * steps_per_epoch,
+      begin=begin,
       steps=recipe.prune_epochs * steps_per_epoch,
-      **when,
+      **when(begin + every, after_step=True),
       **start,
     )
-  if dynamic.method in _DYNAMIC:
-    return _DYNAMIC[dynamic.method](sgd, **when, **start)
+  if dynamic.method == "rigl":
+    return sparsejax.rigl(sgd, **when(0, after_step=False), **start)
+  if dynamic.method in _AFTER_STEP:
+    return _AFTER_STEP[dynamic.method](sgd, **when(every, after_step=True), **start)
   # As in Fantastic Weights: what needs the gradient is decided where it was taken, before the step;
-  # and the optimizer goes on with the momentum of all weights.
+  # as many weights are dropped as their fraction, rounded up; and the optimizer goes on with the
+  # momentum of all weights.
   by_weight = dynamic.drop in ("magnitude", "each_sign", "random")
+  begin = every if by_weight else every - 1
   return sparsejax.dynamic_sparse_training(
     sgd,
     drop=dynamic.drop,
     grow=dynamic.grow,
-    begin=every if by_weight else every - 1,
+    begin=begin,
     after_step=by_weight,
     moments="kept",
-    **when,
+    rounding="up",
+    **when(begin, after_step=by_weight),
     **start,
   )
 

@@ -13,8 +13,7 @@ DENSITIES = (0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 def on_equal_terms(prefix: str, recipe: Recipe) -> dict[str, Recipe]:
   """Other methods with the data, network, optimizer and epochs of one of progressive pruning.
 
-  Their names are the prefix and the method. Masks change once an epoch, and once more where
-  `make_dynamic` says; all start with ERK:
+  Their names are the prefix and the method. Masks change once an epoch; all start with ERK:
 
   - "granet", "granet-sparse": GraNet from dense and from half of the weights, with the ramp of the
     given recipe; it regenerates half of the weights at first, as published, and 0.5 % at last;
@@ -69,12 +68,10 @@ def criteria_grid(prefix: str, recipe: Recipe) -> dict[str, Recipe]:
 # specifications of its code; no table of accuracies is published.
 # DEVIATIONS: exactly as many weights are active in each layer as ERK says (there, each is drawn by
 # itself), and exactly as many grow at random as were dropped (there, as many on average); SET drops
-# no weight more where the number is odd; masks change once more at the end (there, every 800 steps
-# only). Images are normalised as everywhere here (there, CIFAR-10 by other deviations, and
-# Fashion-MNIST by 0.5 and 0.5), and cropped with a margin of zeros (there, of reflections). LeNet-5
-# starts as SNIP's does (there, by torch's default), and ResNet-56 as in open_lth, with uniform
-# scales of batch norm (there, ones). The small ConvNet has the layers that its code has, and so
-# 94,538 parameters (a comment there says 95,818).
+# no weight more where the number is odd. Images are normalised as everywhere here (there, CIFAR-10
+# by other deviations, and Fashion-MNIST by 0.5 and 0.5), and cropped with a margin of zeros (there,
+# of reflections). The small ConvNet has the layers that its code has, and so 94,538 parameters (a
+# comment there says 95,818).
 _FANTASTIC = Recipe(
   data="cifar10",
   model="mlp",
@@ -94,9 +91,8 @@ _CIFAR = dataclasses.replace(_FANTASTIC, augmentation=_CIFAR_CROPS)
 # 80. Its VGG-19 is that of GraSP. The paper reports the epoch that is best on the test set; here it
 # is the last.
 # DEVIATIONS: bfloat16; the ramp reaches the final sparsity (there, it stops one change before), and
-# exactly as many weights are left as it asks for; masks change once more before the last step.
-# Images are normalised as everywhere here (there, by other deviations), and cropped with a margin
-# of zeros (there, of reflections).
+# exactly as many weights are left as it asks for. Images are normalised as everywhere here (there,
+# by other deviations), and cropped with a margin of zeros (there, of reflections).
 _GRANET = Recipe(
   data="cifar10",
   model="vgg19-grasp",
@@ -212,7 +208,9 @@ def published() -> dict[str, Recipe]:
   grids = {
     "mlp-cifar10": _CIFAR,
     "convnet-small-cifar10": dataclasses.replace(_CIFAR, model="convnet-small"),
-    "lenet5-fashion": dataclasses.replace(_FANTASTIC, data="fashion_mnist", model="lenet5-caffe"),
+    "lenet5-fashion": dataclasses.replace(
+      _FANTASTIC, data="fashion_mnist", model="lenet5-caffe-torch"
+    ),
     "resnet56-cifar10": dataclasses.replace(_CIFAR, **resnet, weight_decay=1e-4),
   }
   for prefix, recipe in grids.items():

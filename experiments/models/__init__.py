@@ -23,6 +23,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
   "lenet300-lth": lenet.LeNet300LTH,
   "lenet300-snip": lenet.LeNet300SNIP,
   "lenet5-caffe": lenet.LeNet5Caffe,
+  "lenet5-caffe-torch": lenet.LeNet5CaffeTorch,
   "conv2": lenet.Conv2,
   "conv4": lenet.Conv4,
   "conv6": lenet.Conv6,

@@ -54,6 +54,10 @@ class LeNet5Caffe(nn.Module):
     return nn.Dense(self.classes, name="classifier", **options)(x).astype(jnp.float32)
 
 
+# As in Nowak et al., "Fantastic Weights", 2023.
+LeNet5CaffeTorch = functools.partial(LeNet5Caffe, kernel_init=layers.TORCH_DEFAULT)
+
+
 class Conv(nn.Module):
   """Conv-2, Conv-4 and Conv-6: pairs of 3x3 convolutions, each pair max-pooled, and a dense head.
 

@@ -122,18 +122,19 @@ ResNet50 = functools.partial(
   dense_init=layers.TORCH_DEFAULT,
 )
 
-# ResNet-20, -32 and -56 with shortcuts by projection: 272,474, 466,906 and 855,770 parameters.
-# Initialised as in open_lth, its uniform scales of batch norm included. (ResNet-20 is what "The
-# Lottery Ticket Hypothesis" calls Resnet-18, and initialises by Glorot's rule.)
+# ResNet-20, -32 and -56 with shortcuts by projection: 272,474, 466,906 and 855,770 parameters. The
+# first two are initialised as in open_lth, its uniform scales of batch norm included, and the last
+# with scales of one, as in Nowak et al., "Fantastic Weights", 2023. (ResNet-20 is what "The Lottery
+# Ticket Hypothesis" calls Resnet-18, and initialises by Glorot's rule.)
 CifarResNet = functools.partial(
   ResNet,
   channels=(16, 32, 64),
   kernel_init=layers.KAIMING_FAN_IN,
   dense_init=layers.KAIMING_FAN_IN,
-  scale_init=nn.initializers.uniform(1.0),
 )
-ResNet20 = functools.partial(CifarResNet, blocks=(3, 3, 3))
-ResNet32 = functools.partial(CifarResNet, blocks=(5, 5, 5))
+_UNIFORM = nn.initializers.uniform(1.0)
+ResNet20 = functools.partial(CifarResNet, blocks=(3, 3, 3), scale_init=_UNIFORM)
+ResNet32 = functools.partial(CifarResNet, blocks=(5, 5, 5), scale_init=_UNIFORM)
 ResNet56 = functools.partial(CifarResNet, blocks=(9, 9, 9))
 
 # The ResNet-32 of Wang et al., "Picking Winning Tickets Before Training by Preserving Gradient

@@ -161,6 +161,70 @@ def test_the_ramps_of_methods_that_prune_during_training(method, sparsities):
   assert found[-1] == pytest.approx(0.98)
 
 
+def calls_that_change_masks(recipe, steps_per_epoch):
+  """The numbers of the calls of `update`, from 1 on, at which weights are dropped and grow."""
+  sgd = optax.sgd(0.1, momentum=0.9)
+  tx = methods.make_dynamic(recipe, sgd, steps_per_epoch, jax.random.key(0), recipe.sparsity)
+  rng = np.random.default_rng(0)
+  params = {"kernel": jnp.asarray(rng.standard_normal((100, 100)), jnp.float32)}
+  state, update, found = tx.init(params), jax.jit(tx.update), []
+  masks = sparsejax.get_masks(state, params)["kernel"]
+  params = {"kernel": jnp.where(masks, params["kernel"], 0)}
+  for call in range(1, recipe.epochs * steps_per_epoch + 1):
+    gradient = {"kernel": jnp.asarray(rng.standard_normal((100, 100)), jnp.float32)}
+    updates, state = update(gradient, state, params)
+    params = optax.apply_updates(params, updates)
+    before, masks = masks, sparsejax.get_masks(state, params)["kernel"]
+    if np.any(before != masks):
+      found.append(call)
+  return found
+
+
+@pytest.mark.parametrize(
+  ("name", "every", "expected"),
+  [
+    # Of 40 steps. What grew at call 40, or at call 39 before a step that is left out, would not
+    # take a step of its own.
+    ("lenet300-mnist-98-e40-granet-sparse", 0, range(2, 40, 2)),
+    ("lenet300-mnist-98-e40-granet-sparse", 6, range(6, 40, 6)),
+    ("lenet300-mnist-98-e40-set", 0, range(2, 40, 2)),
+    ("lenet300-mnist-98-e40-set", 7, range(7, 40, 7)),
+    ("lenet300-mnist-98-e40-snfs", 8, range(8, 40, 8)),
+    ("lenet300-mnist-98-e40-rigl", 0, range(1, 30, 2)),
+    ("lenet300-mnist-98-e40-rigl", 7, range(1, 30, 7)),
+    ("lenet300-mnist-e20-magnitude-gradient", 7, range(7, 40, 7)),
+    ("lenet300-mnist-e20-mest-random", 7, range(7, 40, 7)),
+    ("lenet300-mnist-e20-mest-random", 8, range(8, 40, 8)),
+  ],
+)
+def test_masks_change_on_the_grid_alone_and_leave_a_step_for_what_grows(name, every, expected):
+  recipe = RECIPES[name]
+  recipe = dataclasses.replace(
+    recipe,
+    epochs=20,
+    prune_epochs=min(recipe.prune_epochs, 10),
+    sparsity=0.9,
+    dynamic=dataclasses.replace(recipe.dynamic, every=every),
+  )
+  assert calls_that_change_masks(recipe, 2) == list(expected)
+
+
+def test_the_number_that_fantastic_weights_drops_is_rounded_up():
+  recipe = RECIPES["lenet300-mnist-e20-magnitude-gradient"]
+  recipe = dataclasses.replace(
+    recipe, dynamic=dataclasses.replace(recipe.dynamic, last_fraction=0.5, every=1)
+  )
+  tx = methods.make_dynamic(recipe, optax.sgd(0.1), 2, jax.random.key(0), 0.951)
+  params = {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal((10, 100)))}
+  state = tx.init(params)
+  before = sparsejax.get_masks(state, params)["kernel"]
+  # Nothing that was dropped grows again.
+  _, state = tx.update({"kernel": jnp.where(before, 0.0, 1.0)}, state, params)
+  after = sparsejax.get_masks(state, params)["kernel"]
+  # Half of 49.
+  assert (int(before.sum()), int((before & ~after).sum()), int(after.sum())) == (49, 25, 49)
+
+
 def test_the_network_computes_with_the_masked_weights_where_they_keep_their_values():
   recipe = dataclasses.replace(
     DIGITS, ramp="cubic", prune_epochs=1, epochs=2, keep_weights=True, train_images=300

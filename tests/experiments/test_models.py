@@ -20,6 +20,7 @@ PARAMETERS = {
   "lenet300-lth": 266_610,
   "lenet300-snip": 266_610,
   "lenet5-caffe": 431_080,
+  "lenet5-caffe-torch": 431_080,
   "conv2": 4_301_642,
   "conv4": 2_425_930,
   "conv6": 2_262_602,
@@ -606,7 +607,7 @@ INITIALISERS = {
     ("TRUNCATED_FAN_IN", "TRUNCATED_FAN_IN"),
   ),
   **dict.fromkeys(
-    ["mlp", "convnet-small", "resnet50", "vgg16", "vgg19-kuangliu"],
+    ["lenet5-caffe-torch", "mlp", "convnet-small", "resnet50", "vgg16", "vgg19-kuangliu"],
     ("TORCH_DEFAULT", "TORCH_DEFAULT"),
   ),
   **dict.fromkeys(
@@ -629,7 +630,7 @@ INITIALISERS = {
     ("KAIMING_FAN_OUT", "TORCH_DEFAULT"),
   ),
 }
-UNIFORM_SCALES = ("resnet20", "resnet32", "resnet56", "vgg16-lth", "vgg19-lth")
+UNIFORM_SCALES = ("resnet20", "resnet32", "vgg16-lth", "vgg19-lth")
 
 
 @pytest.mark.parametrize("name", MODELS)
