@@ -187,8 +187,8 @@ def grasp(
     raise ValueError("there are no batches to score on: `batches` is empty.")
   for i, loss in enumerate(losses):
     scoring.check_loss(loss, f" of batch {i}")
-  direction = jax.tree_util.tree_map_with_path(
-    lambda path, w, g: g if prunable(masks_lib.strip_value(path), w) else jnp.zeros_like(g),
+  direction = masks_lib.map_with_path(
+    lambda path, w, g: g if prunable(path, w) else jnp.zeros_like(g),
     weights,
     gradient,
   )

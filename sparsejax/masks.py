@@ -5,6 +5,7 @@ the structure of the parameters, with True everywhere in leaves that are never p
 optimizer state, and in the trees that a rule sees, `optax.MaskedNode()` stands for such leaves.
 """
 
+import collections
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -151,9 +152,7 @@ def count_kept(mask: jax.Array) -> jax.Array:
 
 def select_prunable(tree: PyTree, prunable: Prunable) -> PyTree:
   """The tree with `optax.MaskedNode()` in place of the leaves that are not prunable."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: x if prunable(strip_value(path), x) else optax.MaskedNode(), tree
-  )
+  return map_with_path(lambda path, x: x if prunable(path, x) else optax.MaskedNode(), tree)
 
 
 def full_masks(kept: PyTree, tree: PyTree) -> PyTree:
@@ -242,29 +241,51 @@ def by_name(masks: PyTree, params: PyTree, pool: PyTree) -> PyTree:
     "the masks",
     "the parameters",
   )
-  return jax.tree_util.tree_map_with_path(lambda path, _: given[path_name(path)], pool)
+  return map_with_path(lambda path, _: given[path_name(path)], pool)
 
 
 def is_masked_node(x: Any) -> bool:
   return isinstance(x, optax.MaskedNode)
 
 
-def strip_value(path: KeyPath) -> KeyPath:
-  """The path without the final `value` that Flax NNX has at `init` and not at `update`."""
-  if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
-    return path[:-1]
-  return path
+def leaves_with_path(
+  tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[KeyPath, Any]]:
+  """The leaves of a tree and their paths, as everything in this library knows them.
+
+  They are those of `jax.tree_util` but for variables of Flax NNX, which have a final `value` at
+  `init` and not at `update`: it is left out.
+  """
+  everything = jax.tree_util.tree_leaves_with_path(
+    tree, is_leaf=lambda x: x is None or is_masked_node(x)
+  )
+  leaves_below = collections.Counter(path[:i] for path, _ in everything for i in range(len(path)))
+
+  def known(path):
+    is_value = path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value"
+    # A field of this name beside others is no variable.
+    return path[:-1] if is_value and leaves_below[path[:-1]] == 1 else path
+
+  return [(known(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf)]
+
+
+def map_with_path(function: Callable[..., Any], tree: PyTree, *trees: PyTree) -> PyTree:
+  """A function of the paths of `leaves_with_path` and the leaves of one or more trees."""
+  structure = jax.tree.structure(tree)
+  paths = [path for path, _ in leaves_with_path(tree)]
+  leaves = map(structure.flatten_up_to, (tree, *trees))
+  return jax.tree.unflatten(structure, map(function, paths, *leaves))
 
 
 def path_name(path: KeyPath) -> str:
   """A path as a name for people, such as "dense/kernel"."""
-  return jax.tree_util.keystr(strip_value(path), simple=True, separator="/")
+  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def leaves_by_name(tree: PyTree) -> dict[str, Any]:
   """The leaves of a tree by their names for people; a ValueError if two have the same."""
   leaves = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+  for path, leaf in leaves_with_path(tree):
     if (name := path_name(path)) in leaves:
       raise ValueError(f"two leaves have the name {name!r}: rename one of them.")
     leaves[name] = leaf
@@ -275,7 +296,7 @@ def leaves_and_masked_nodes(tree: PyTree) -> tuple[dict[str, Any], list[str]]:
   """The leaves of a tree by name, and the names of its `optax.MaskedNode()`."""
   nodes = [
     path_name(path)
-    for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked_node)
+    for path, x in leaves_with_path(tree, is_leaf=is_masked_node)
     if is_masked_node(x)
   ]
   return leaves_by_name(tree), nodes

@@ -11,11 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsejax.masks import PyTree, is_masked_node, path_name
+from sparsejax.masks import PyTree, is_masked_node, leaves_by_name
 
-# What optax calls the first moment in SGD's state and in those of the Adam family and others.
-_FIRST = ("trace", "mu", "ema")
-_SECOND = "nu"
+# What optax calls the first moment in the states of its optimizers, and the second beside it.
+_SECOND_OF = {
+  "trace": "nu",
+  "ema": "nu",
+  "mu": "nu",
+  "m": "n",
+  "m1": "nu",
+  "exp_avg": "exp_avg_sq",
+}
 
 
 def map_moments(
@@ -61,12 +67,12 @@ def find_moments(state: PyTree, pool: PyTree) -> list[tuple[jax.Array, jax.Array
     if path and is_like(node)
   }
   pairs = [
-    (first, nodes.get((*path[:-1], jax.tree_util.GetAttrKey(_SECOND)), {}))
+    (first, nodes.get((*path[:-1], jax.tree_util.GetAttrKey(second)), {}))
     for path, first in nodes.items()
-    if getattr(path[-1], "name", None) in _FIRST
+    if (second := _SECOND_OF.get(getattr(path[-1], "name", None)))
   ]
 
-  def of_leaf(path, leaf):
+  def of_leaf(path, name, leaf):
     for first, second in pairs:
       if path in first and _is_moment(first[path], leaf):
         has_second = path in second and _is_moment(second[path], leaf)
@@ -75,10 +81,12 @@ def find_moments(state: PyTree, pool: PyTree) -> list[tuple[jax.Array, jax.Array
     raise ValueError(
       "growth by momentum needs an inner optimizer that keeps a first moment of each weight, such"
       " as optax.sgd(learning_rate, momentum=0.9) or optax.adam(learning_rate), but for"
-      f" {path_name(path)!r} there is none in its state ({names})."
+      f" {name!r} there is none in its state ({names}) under a name that is known:"
+      f" {', '.join(_SECOND_OF)}."
     )
 
-  return [of_leaf(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(pool)]
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(pool)]
+  return [of_leaf(path, *named) for path, named in zip(paths, leaves_by_name(pool).items())]
 
 
 def _is_like(tree: PyTree) -> Callable[[Any], bool]:

@@ -146,10 +146,10 @@ def summary(
   positions = dict(positions or {})
   kept = jax.device_get(jax.tree.map(masks_lib.count_kept, masks_lib.leaves_by_name(masks)))
   layers, others = [], []
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+  for path, leaf in masks_lib.leaves_with_path(params):
     name, shape = masks_lib.path_name(path), tuple(np.shape(leaf))
     row = Row(name, shape, math.prod(shape), int(kept[name]))
-    if not prunable(masks_lib.strip_value(path), leaf):
+    if not prunable(path, leaf):
       others.append(row)
       continue
     places = positions.pop(name, 1 if len(shape) == 2 else None)

@@ -281,7 +281,7 @@ def _scores(
 ) -> list[jax.Array]:
   """The scores of all prunable leaves; the role is the criterion's name in `from_criteria`."""
   found = []
-  paths, treedef = jax.tree_util.tree_flatten_with_path(call.params)
+  paths, treedef = masks_lib.leaves_with_path(call.params), jax.tree.structure(call.params)
   if isinstance(criterion, Criterion):
     statistics = treedef.flatten_up_to(call.statistics[role])
   for i, ((path, _), leaf) in enumerate(zip(paths, _leaves(call, number))):

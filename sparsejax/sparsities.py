@@ -44,8 +44,7 @@ def for_leaves(sparsity: Sparsity, pool: PyTree) -> Scalar | list[Scalar]:
   if is_scalar(sparsity):
     return sparsity
   given = masks_lib.leaves_by_name(sparsity)
-  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(pool)]
-  return [given[masks_lib.path_name(path)] for path in paths]
+  return [given[name] for name in masks_lib.leaves_by_name(pool)]
 
 
 def is_scalar(sparsity: Sparsity) -> bool:

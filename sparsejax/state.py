@@ -53,14 +53,13 @@ def get_masks(opt_state: PyTree, params: PyTree) -> PyTree:
     >>> sparsejax.get_masks(tx.init(params), params)["bias"]
     Array([ True,  True], dtype=bool)
   """
-  given = jax.tree_util.tree_leaves_with_path(params)
+  given = masks_lib.leaves_with_path(params)
   # By name where the parameters are in another container, such as a module of Flax NNX.
-  leaves = {masks_lib.path_name(path): leaf for path, leaf in given}
-  leaves |= {masks_lib.strip_value(path): leaf for path, leaf in given}
+  leaves = {masks_lib.path_name(path): leaf for path, leaf in given} | dict(given)
   found = {}
   for state in _states(opt_state):
-    for path, mask in jax.tree_util.tree_leaves_with_path(packing.unpack(state.masks, params)):
-      name, path = masks_lib.path_name(path), masks_lib.strip_value(path)
+    for path, mask in masks_lib.leaves_with_path(packing.unpack(state.masks, params)):
+      name = masks_lib.path_name(path)
       key = path if path in leaves else name
       masks_lib.check_same_shapes(
         {name: mask},
@@ -71,10 +70,10 @@ def get_masks(opt_state: PyTree, params: PyTree) -> PyTree:
       found.setdefault(key, []).append(mask)
 
   def full_mask(path, leaf):
-    masks = found.get(masks_lib.strip_value(path), []) + found.get(masks_lib.path_name(path), [])
+    masks = found.get(path, []) + found.get(masks_lib.path_name(path), [])
     return functools.reduce(jnp.logical_and, masks, jnp.ones_like(leaf, dtype=bool))
 
-  return jax.tree_util.tree_map_with_path(full_mask, params)
+  return masks_lib.map_with_path(full_mask, params)
 
 
 def mask_bytes(opt_state: PyTree) -> int:
@@ -95,7 +94,8 @@ def _states(opt_state: PyTree) -> list[MaskedUpdatesState]:
   if not (found := list(find(opt_state))):
     raise ValueError(
       "there are no masks in this optimizer state: chain a transformation of sparsejax, such as"
-      " progressive_pruning, after the optimizer."
+      " progressive_pruning, after the optimizer; and restore a state in the structure of one that"
+      " `init` returns."
     )
   return found
 

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparsejax import arguments, ordinals, packing
@@ -145,8 +146,8 @@ def masked_updates(
       as one byte. Results are the same bit for bit, and a step takes as long. Where the last axis
       is sharded, its parts should be multiples of eight long.
     prunable: `prunable(path, leaf) -> bool` says which leaves are pruned, given their path as in
-      `jax.tree_util.tree_map_with_path`. An attribute `value` at its end, as of a variable of Flax
-      NNX, is left out.
+      `jax.tree_util.tree_map_with_path`, but that of a variable of Flax NNX without the final
+      `value`.
     key: a random key, for rules that use one: of `jax.random.key`, or of `jax.random.PRNGKey` where
       the state is to be serialised by something that knows arrays of numbers only.
 
@@ -198,6 +199,7 @@ def masked_updates(
         "the second argument must be the optimizer state: call update(updates, state, params), got"
         f" {type(state).__name__}."
       )
+    packing.check_is_packed(state.masks, pack)
     load = functools.partial(packing.unpack, params=params)
     before = load(state.masks)
     weights = masks_lib.pick(before, params, "the masks", "the parameters")
@@ -259,23 +261,27 @@ def masked_updates(
 
 def check_prunable(params: PyTree, masks: PyTree) -> None:
   """Raises a ValueError if nothing can be pruned, or something that the masks are of cannot."""
-  names = [masks_lib.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-  if names and not jax.tree.leaves(masks):
+
+  def named(tree):
+    leaves = masks_lib.leaves_with_path(tree)
+    return [(repr(masks_lib.path_name(path)) if path else "the array", x) for path, x in leaves]
+
+  if (leaves := named(params)) and not jax.tree.leaves(masks):
+    listed = [f"{name} of shape {list(np.shape(x))}" for name, x in leaves]
     raise ValueError(
-      f"there is nothing to prune: `prunable` is False for each of {', '.join(names[:5])}"
-      f"{', ...' if len(names) > 5 else ''}."
+      f"there is nothing to prune: `prunable` is False for each of {', '.join(listed[:5])}"
+      f"{', ...' if len(listed) > 5 else ''}."
     )
   pool = masks_lib.pick(masks, params, "the masks", "the parameters")
-  for path, p in jax.tree_util.tree_leaves_with_path(pool):
-    name = masks_lib.path_name(path)
+  for name, p in named(pool):
     if p.dtype not in ordinals.FLOATS:
       raise ValueError(
-        f"{name!r} has dtype {p.dtype}, but only floating-point weights can be pruned: exclude it"
-        " by `prunable`."
+        f"{name} has dtype {p.dtype}, but only weights of {', '.join(map(str, ordinals.FLOATS))}"
+        " can be pruned: exclude it by `prunable`."
       )
     if p.size >= 2**32:
       raise ValueError(
-        f"{name!r} has {p.size} weights, but a leaf must have fewer than 2**32: split it."
+        f"{name} has {p.size} weights, but a leaf must have fewer than 2**32: split it."
       )
 
 

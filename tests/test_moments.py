@@ -286,6 +286,25 @@ def test_the_moments_of_adam_are_paired():
       np.testing.assert_array_equal(second, nu[kernel]["kernel"])
 
 
+@pytest.mark.parametrize(
+  ("inner", "first_name", "second_name"),
+  [
+    (optax.adan(0.1), "m", "n"),
+    (optax.contrib.ademamix(0.1), "m1", "nu"),
+    (optax.contrib.prodigy(0.1), "exp_avg", "exp_avg_sq"),
+    (optax.contrib.momo(0.1), "exp_avg", None),
+  ],
+)
+def test_moments_are_found_by_the_names_of_other_optimizers(inner, first_name, second_name):
+  state, found = found_in(inner)
+  for kernel, (first, second) in zip(KERNELS, found, strict=True):
+    np.testing.assert_array_equal(first, optax.tree.get(state, first_name)[kernel]["kernel"])
+    if second_name is None:
+      assert second is None
+    else:
+      np.testing.assert_array_equal(second, optax.tree.get(state, second_name)[kernel]["kernel"])
+
+
 def test_momentum_has_no_second_moment():
   for inner in (optax.sgd(0.1, momentum=0.9), optax.lion(0.1), optax.rmsprop(0.1, momentum=0.9)):
     state, found = found_in(inner)

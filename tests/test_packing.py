@@ -1,5 +1,9 @@
 """Packed masks: every bit in its place, whatever the shape and the sharding."""
 
+import os
+import subprocess
+import sys
+
 import compiling
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -117,3 +121,30 @@ def test_what_goes_into_the_branch_that_changes_masks_is_packed():
   shapes = [(v.aval.shape, str(v.aval.dtype)) for v in [*cond.invars, *cond.outvars]]
   assert ((16, 3), "uint8") in shapes
   assert ((16, 24), "bool") not in shapes
+
+
+def test_weights_in_float16_are_updated_under_packed_masks():
+  # Compiled as users do, in a process of its own, since XLA may end that.
+  code = """
+import jax, jax.numpy as jnp, optax, sparsejax
+params = {"kernel": jnp.linspace(-1, 1, 128, dtype=jnp.float16).reshape(16, 8)}
+masks = {"kernel": params["kernel"] > 0}
+tx = optax.chain(optax.adam(0.1), sparsejax.fixed_masks(masks, pack=True))
+@jax.jit
+def step(params, state):
+  updates, state = tx.update(params, state, params)
+  return optax.apply_updates(params, updates), state
+params, _ = step(params, tx.init(params))
+print(int((params["kernel"] == 0).sum()))
+"""
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+  assert (done.stdout, done.returncode) == (b"64\n", 0), done.stderr
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_state_that_is_packed_otherwise_is_an_error_that_says_so(pack):
+  one, other = (sparsejax.one_shot_pruning(0.5, at=0, pack=packed) for packed in (pack, not pack))
+  params = {"kernel": jnp.ones((4, 8))}
+  with pytest.raises(ValueError, match=f"with pack={not pack}, but .* has pack={pack}"):
+    jax.jit(one.update)(params, other.init(params), params)

@@ -1,4 +1,5 @@
 import collections
+from typing import Any, NamedTuple
 
 import chex
 import compiling
@@ -259,6 +260,43 @@ def test_a_leaf_that_is_not_pruned_does_not_get_the_mask_of_its_namesake():
   _, state = tx.update(params, tx.init(params), params)
   masks = sparsejax.get_masks(state, params)
   assert masks["a"]["b"].all() and masks["a/b"].sum() == 4
+
+
+class Heads(NamedTuple):
+  query: Any
+  key: Any
+  value: Any
+
+
+def test_a_field_of_the_name_value_is_pruned_like_others():
+  params = {"heads": Heads(*(jax.random.normal(jax.random.key(i), (4, 4)) for i in range(3)))}
+  masks = sparsejax.masks_from_scores(params, 0.5)
+  names = [row.name for row in sparsejax.summary(params, masks).layers]
+  assert names == ["heads/query", "heads/key", "heads/value"]
+
+  def is_no_value(path, leaf):
+    return "value" not in jax.tree_util.keystr(path)
+
+  tx = sparsejax.one_shot_pruning(0.5, at=0, prunable=is_no_value)
+  _, state = tx.update(params, tx.init(params), params)
+  found = sparsejax.get_masks(state, params)["heads"]
+  assert found.value.all() and found.query.sum() + found.key.sum() == 16
+  # Where the field belongs to another group, and where it has no mask.
+  labels = {"heads": Heads("sparse", "sparse", "dense")}
+  groups = {"sparse": sparsejax.fixed_masks(masks), "dense": optax.sgd(0.1)}
+  in_groups = optax.partition(groups, labels)
+  some = {"heads": masks["heads"]._replace(value=optax.MaskedNode())}
+  for tx in (in_groups, sparsejax.fixed_masks(some)):
+    found = sparsejax.get_masks(tx.init(params), params)["heads"]
+    assert found.value.all()
+    np.testing.assert_array_equal(found.query, masks["heads"].query)
+
+
+def test_parameters_without_a_name_are_called_the_array():
+  with pytest.raises(ValueError, match=r"False for each of the array of shape \[5\]"):
+    sparsejax.one_shot_pruning(0.5, at=0).init(jnp.ones(5))
+  with pytest.raises(ValueError, match="the array has dtype int32, but only weights of float16, "):
+    sparsejax.one_shot_pruning(0.5, at=0).init(jnp.ones((5, 5), jnp.int32))
 
 
 def test_a_state_without_masks_has_no_memory_of_masks_either(params):

@@ -114,7 +114,7 @@ def _arrays(params):
       )
     return array
 
-  return jax.tree_util.tree_map_with_path(checked, params)
+  return masks_lib.map_with_path(checked, params)
 
 
 def _with_batch(apply_fn, params, inputs, program):

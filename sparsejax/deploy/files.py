@@ -71,12 +71,12 @@ def save(
   if path.exists() and not overwrite:
     raise FileExistsError(f"{path} exists already: pass overwrite=True to replace it.")
   tensors, leaves = {}, {}
-  for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+  for key_path, leaf in masks_lib.leaves_with_path(params):
     name = masks_lib.path_name(key_path)
     array = _converted(name, leaf, dtype)
     parts = _smallest(array)
     record = {"form": _form(parts), "dtype": _NAMES[array.dtype], "shape": list(array.shape)}
-    keys = [jax.tree_util.keystr((key,), simple=True) for key in masks_lib.strip_value(key_path)]
+    keys = [jax.tree_util.keystr((key,), simple=True) for key in key_path]
     if "/".join(keys) != name or any("/" in key for key in keys):
       record["path"] = keys
     record["crc32"] = _checksum(name, record, parts)
@@ -140,7 +140,7 @@ def load(path: str | os.PathLike, *, like: PyTree | None = None) -> PyTree:
     raise ValueError(f"{path} is damaged: nothing is known of {sorted(tensors)[0]!r} in it.")
   if like is not None:
     masks_lib.check_same_shapes(found, masks_lib.leaves_by_name(like), str(path), "the tree")
-    return jax.tree_util.tree_map_with_path(lambda p, _: found[masks_lib.path_name(p)], like)
+    return masks_lib.map_with_path(lambda p, _: found[masks_lib.path_name(p)], like)
   if list(keys.values()) == [[""]]:
     return found[""]
   tree = {}
@@ -148,7 +148,9 @@ def load(path: str | os.PathLike, *, like: PyTree | None = None) -> PyTree:
     *outer, last = keys[name]
     node = tree
     for key in outer:
-      node = node.setdefault(key, {})
+      node = node.setdefault(key, {}) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or last in node:
+      raise ValueError(f"{path} is damaged: {name!r} and another leaf lie in each other.")
     node[last] = array
   return tree
 

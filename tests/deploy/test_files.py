@@ -6,6 +6,7 @@ import pathlib
 import re
 import stat
 import zlib
+from typing import Any, NamedTuple
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -243,6 +244,33 @@ def test_leaves_that_are_inconsistent_are_refused_by_name(path, gaps, changes, m
   path.write_bytes(safetensors.numpy.save(tensors, metadata))
   with pytest.raises(ValueError, match=f"is damaged: .*{match}"):
     deploy.load(path)
+
+
+@pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a")])
+def test_leaves_that_lie_in_each_other_are_refused_by_name(path, names):
+  entry = {"form": "dense", "dtype": "F32", "shape": [3]}
+  tensors = {name: np.ones(3, np.float32) for name in names}
+  contents = {name: json.dumps([name, entry]).encode() + x.tobytes() for name, x in tensors.items()}
+  leaves = {name: entry | {"crc32": f"{zlib.crc32(contents[name]):08x}"} for name in names}
+  leaves = json.dumps(leaves)
+  metadata = {"format": "sparsejax", "version": "1", "leaves": leaves}
+  metadata["crc32"] = f"{zlib.crc32(leaves.encode()):08x}"
+  path.write_bytes(safetensors.numpy.save(tensors, metadata))
+  with pytest.raises(ValueError, match=f"is damaged: '{names[1]}' and another leaf lie in each"):
+    deploy.load(path)
+
+
+class Heads(NamedTuple):
+  query: Any
+  key: Any
+  value: Any
+
+
+def test_a_field_of_the_name_value_is_a_leaf_like_others(path):
+  params = {"heads": Heads(*(sparse((4, 4), 0.5, seed) for seed in range(3)))}
+  deploy.save(path, params)
+  assert_same_bits(deploy.load(path), {"heads": params["heads"]._asdict()})
+  assert_same_bits(deploy.load(path, like=params), params)
 
 
 def test_other_files_are_refused(path):
