@@ -281,7 +281,8 @@ def _count_in_float64(sizes, densities):
 
 
 def _sum_over_product(shape: tuple[int, ...]) -> float:
-  return sum(shape) / math.prod(shape) if math.prod(shape) else 1.0
+  # A number is like a vector of one.
+  return sum(shape) / math.prod(shape) if shape and math.prod(shape) else 1.0
 
 
 def _in_proportion(weights: Sequence[float], shapes: Shapes, density: Density):

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 _WORD = 2**32
+_ONE, _INFINITY = np.array([1, np.inf], np.float32).view(np.uint32)
 
 
 @jax.tree_util.register_dataclass
@@ -35,12 +36,14 @@ class Count:
   def __add__(self, other: Count) -> Count:
     a, b = _alike(self, other)
     low = a.low + b.low
-    return Count(None if a.high is None else a.high + b.high + (low < b.low), low)
+    carried = (low < b.low).astype(jnp.uint32)
+    return Count(None if a.high is None else a.high + b.high + carried, low)
 
   def __sub__(self, other: Count) -> Count:
     """The difference, or 0 where `other` is larger."""
     a, b = _alike(self, other)
-    high = None if a.high is None else a.high - b.high - (a.low < b.low)
+    borrowed = (a.low < b.low).astype(jnp.uint32)
+    high = None if a.high is None else a.high - b.high - borrowed
     return jax.tree.map(lambda word: jnp.where(b <= a, word, 0), Count(high, a.low - b.low))
 
   def __le__(self, other: Count) -> jax.Array:
@@ -124,6 +127,15 @@ def widen(words: jax.Array) -> Count:
   """Unsigned integers of at most 64 bits."""
   high = words >> 32 if words.dtype.itemsize > 4 else jnp.zeros_like(words)
   return Count(high.astype(jnp.uint32), words.astype(jnp.uint32))
+
+
+def zeros_like(*words: jax.Array) -> Count:
+  """Zeros of the shape that the arrays have together; inside of `jax.shard_map` they vary as these.
+
+  So they can be what a loop begins with, whose results vary.
+  """
+  zero = sum(0 * word.astype(jnp.uint32) for word in words)
+  return Count(zero, zero)
 
 
 def stack(items: Sequence[Count]) -> Count:
@@ -216,13 +228,14 @@ def share(fraction: jax.Array, n: Count, rounding: str = "nearest") -> Count:
 @jax.jit
 def _share(fraction: jax.Array, n: Count) -> tuple[Count, jax.Array, jax.Array]:
   """The whole part of a product, whether its fraction has a half, and whether it has more."""
-  fraction = jnp.where(fraction > 0, jnp.minimum(fraction, 1), 0).astype(jnp.float32)
-  bits = lax.bitcast_convert_type(fraction, jnp.uint32)
+  bits = lax.bitcast_convert_type(fraction.astype(jnp.float32), jnp.uint32)
+  # Compared as bits, since denormals may be flushed to zero where they are compared as numbers.
+  bits = jnp.where(bits <= _INFINITY, jnp.minimum(bits, _ONE), np.uint32(0))
   exponent = bits >> 23
   mantissa = (bits & 0x7FFFFF) | jnp.where(exponent > 0, np.uint32(1 << 23), np.uint32(0))
   # fraction = mantissa / 2**places
   places = 150 - jnp.maximum(exponent, 1).astype(jnp.int32)
-  nothing = Count(jnp.zeros_like(n.high), jnp.zeros_like(n.low))
+  nothing = zeros_like(bits, n.high, n.low)
 
   def share_of_bit(position):
     shift = places - position
@@ -237,6 +250,6 @@ def _share(fraction: jax.Array, n: Count) -> tuple[Count, jax.Array, jax.Array]:
     share += share_of_bit(149 - i)
     return share.halved(), share.low & 1 == 1, rest | half
 
-  none = jnp.zeros(fraction.shape, bool)
+  none = nothing.low > 0
   share, half, rest = lax.fori_loop(0, 149, add_bit, (nothing, none, none))
   return share + share_of_bit(0), half, rest

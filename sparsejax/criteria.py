@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsejax import counts, selection
 from sparsejax.patterns import SINGLE, Pattern
@@ -203,7 +204,7 @@ def each_sign_in_proportion(leaf: Leaf) -> jax.Array:
   """The same, but of each sign the same fraction, as in the original SET."""
 
   def share(positive, negative):
-    part = positive.astype(jnp.float32) / jnp.maximum(positive + negative, 1)
+    part = positive.astype(jnp.float32) / jnp.maximum((positive + negative).astype(jnp.float32), 1)
     return counts.share(part[None], counts.widen(leaf.count[None])).low[0]
 
   return _of_each_sign(leaf, share)
@@ -282,7 +283,7 @@ def _effect(leaf: Leaf) -> jax.Array:
 
 def _widened(x: jax.Array) -> jax.Array:
   """In single precision at least: in half, products and ratios would often be 0 or infinite."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return x.astype(np.promote_types(x.dtype, np.float32))
 
 
 def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
@@ -323,7 +324,7 @@ def _running(score: Score, decay: float) -> Criterion:
 
   return Criterion(
     # In half precision an average would soon stand still.
-    init=lambda weight: jnp.zeros_like(weight, jnp.promote_types(weight.dtype, jnp.float32)),
+    init=lambda weight: jnp.zeros_like(weight, np.promote_types(weight.dtype, np.float32)),
     update=update,
     score=lambda leaf, mean: mean,
   )

@@ -187,6 +187,7 @@ def prune(
   sizes = [w.size for w in weights]
   if not isinstance(rates, list):
     rates, kept, sizes = [rates], [sum(kept)], [sum(sizes)]
+  rates = map(float, rates)
   k = np.array([size - round((1 - r) * n) for size, n, r in zip(sizes, kept, rates)], np.uint64)
   allocation_lib.check_some_left(sizes, k)
   pruned = selection.select(weights, counts.from_ints(k), active=active, score=jnp.abs)

@@ -99,7 +99,7 @@ class NM(Pattern):
     axis: along which they lie, by default that of the inputs of a layer, over which it sums.
 
   Raises:
-    ValueError: if not 1 <= n < m.
+    ValueError: if not 1 <= n < m, or if one of them is no integer.
   """
 
   n: int
@@ -110,6 +110,7 @@ class NM(Pattern):
     m = arguments.check_integer("m", self.m, at_least=2)
     if arguments.check_integer("n", self.n, at_least=1) >= m:
       raise ValueError(f"n must be less than m, got {self.n} of {m}.")
+    arguments.check_integer("axis", self.axis, at_least=-(2**31))
 
   @property
   def regrows_in_groups(self) -> bool:
@@ -130,7 +131,8 @@ class NM(Pattern):
     stays = stays < self.n
     stays = stays if active is None else stays & active
     # NaN among the others is kept as long as they can go, but not in place of what has to stay.
-    others = jnp.minimum(scores, jnp.finfo(scores.dtype).max)
+    # By a comparison, since a minimum may flush denormals to zero.
+    others = jnp.where(scores == jnp.inf, jnp.finfo(scores.dtype).max, scores)
     return jnp.where(stays, jnp.nan, jnp.where(jnp.isnan(scores), jnp.inf, others))
 
   def limit(self, pruned: np.ndarray | Count, shapes: Sequence[tuple[int, ...]]):
@@ -167,7 +169,7 @@ class NM(Pattern):
     rank = jnp.zeros_like(groups, dtype=jnp.int32)
     for i in range(self.m):
       other = jax.lax.slice_in_dim(groups, i, i + 1, axis=along)
-      rank += precedes(other, groups, i < position) & (i != position)
+      rank += (precedes(other, groups, i < position) & (i != position)).astype(jnp.int32)
     return rank.reshape(keys.shape)
 
   def _along(self, x: jax.Array) -> int:
@@ -192,7 +194,9 @@ class _Tiles(Pattern, abc.ABC):
     return tuple(size // t for size, t in zip(shape, tile))
 
   def pool(self, scores: jax.Array) -> jax.Array:
-    return jnp.mean(self._split(scores), axis=_inside(scores.ndim))
+    # In half precision, the means of many units would be equal.
+    dtype = np.promote_types(scores.dtype, np.float32)
+    return jnp.mean(self._split(scores), axis=_inside(scores.ndim), dtype=dtype)
 
   def pool_mask(self, mask: jax.Array) -> jax.Array:
     return jnp.any(self._split(mask), axis=_inside(mask.ndim))
@@ -237,9 +241,15 @@ class Channels(_Tiles):
 
   Attributes:
     axis: by default the last, that of the output units of a layer.
+
+  Raises:
+    ValueError: if it is no integer.
   """
 
   axis: int = -1
+
+  def __post_init__(self):
+    arguments.check_integer("axis", self.axis, at_least=-(2**31))
 
   def tile(self, shape: tuple[int, ...]) -> tuple[int, ...]:
     axis = _axis(shape, self.axis)

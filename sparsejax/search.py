@@ -75,20 +75,22 @@ def search(
   Returns:
     The vectors of bounds and of places.
   """
+  # All that the loop begins with varies over devices as its results do.
+  zero = counts.zeros_like(k.low, total.low, jnp.sum(sample[:, :1], axis=-1))
   nothing, one, limit = (
-    counts.from_ints(np.full(k.low.shape, n, np.uint64)).in_one_word(k.high is None)
+    (zero + counts.from_ints(n)).in_one_word(k.high is None)
     for n in (0, 1, np.iinfo(sample.dtype).max)
   )
-  everything = total <= k
+  everything, always = total <= k, nothing <= nothing
   start = _Bracket(
-    by_key=jnp.ones_like(everything),
+    by_key=always,
     bound=nothing,
     less=nothing,
     low=counts.where(everything, limit, nothing),
     before_low=counts.where(everything, total, nothing),
     high=limit,
-    before_high=total,
-    shrank=jnp.ones_like(everything),
+    before_high=total + nothing,
+    shrank=always,
   )
 
   def unfinished(carry):

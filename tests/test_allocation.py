@@ -341,3 +341,12 @@ def test_a_sparsity_that_leaves_nothing_is_an_error(allocation):
   scores = {"a": jnp.ones((2, 2)), "b": jnp.ones((1, 3))}
   with pytest.raises(ValueError, match="none of the 7 prunable weights would be left"):
     sparsejax.masks_from_scores(scores, 0.99, allocation=allocation)
+
+
+@pytest.mark.parametrize("name", ["er", "erk"])
+def test_a_number_is_like_a_vector_of_one(name):
+  for density in (0.1, 0.5, 0.995):
+    found = sparsejax.allocation.densities([(10, 10), ()], density, name)
+    expected = sparsejax.allocation.densities([(10, 10), (1,)], density, name)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(found @ [100, 1], 101 * density)

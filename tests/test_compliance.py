@@ -242,6 +242,26 @@ def test_unexpected_extra_arguments_are_accepted_and_change_nothing(case):
   assert program() == program(**extra)
 
 
+@every_case
+def test_a_step_can_be_traced_where_types_are_never_promoted(case):
+  params = cases.make_params()
+  # The schedules of optax are promoted.
+  changes = {"fraction": 0.3} if case.name in ("dynamic", "rigl") else {}
+  with jax.numpy_dtype_promotion("strict"):
+    link = case.build(params, **changes)
+    jax.jit(link.update).lower(params, link.init(params), params)
+
+
+@every_case
+def test_runs_can_be_traced_side_by_side_in_a_shard_map(case):
+  params = cases.make_params()
+  link = case.build(params)
+  lanes = jax.tree.map(lambda x: jnp.stack([x] * 8), (params, link.init(params)))
+  step = jax.vmap(lambda params, state: link.update(params, state, params))
+  mesh = jax.make_mesh((8,), ("run",), axis_types=(AxisType.Auto,))
+  jax.jit(jax.shard_map(step, mesh=mesh, in_specs=P("run"), out_specs=P("run"))).lower(*lanes)
+
+
 @functools.cache
 def _donating_step(case):
   optimizer = case.optimizer(cases.make_params())

@@ -1,3 +1,4 @@
+import math
 from fractions import Fraction
 
 import compiling
@@ -146,3 +147,11 @@ def test_the_number_of_pruned_weights_is_exact_for_the_float32_value(sparsity, s
 def test_values_that_are_no_fraction_prune_nothing_or_everything(sparsity, pruned):
   got = counts.rounded_pruned(jnp.array([sparsity], jnp.float32), [10])
   assert to_int(got[0]) == pruned
+
+
+@given(fractions, sizes, st.sampled_from(["nearest", "up", "down"]))
+def test_shares_are_exact_and_rounded_as_asked(fraction, size, rounding):
+  found = counts.share(jnp.array([fraction], jnp.float32), counts.from_ints([size]), rounding)
+  exact = Fraction(fraction) * size
+  expected = {"nearest": round, "up": math.ceil, "down": math.floor}[rounding](exact)
+  assert to_int(found[0]) == expected

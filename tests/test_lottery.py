@@ -74,6 +74,14 @@ def test_prune_with_a_tree_of_rates_takes_the_smallest_of_each_layer():
       np.testing.assert_array_equal(masks[name]["kernel"], expected[name])
 
 
+@pytest.mark.parametrize("of", [np.float32, jnp.float32])
+def test_a_rate_on_the_device_is_as_exact_as_a_float(of):
+  params = {"kernel": jnp.arange(1.0, 16.0).reshape(3, 5)}
+  masks = lottery.prune(params, all_true(params), of(0.1))
+  # In single precision, 15 (1 - 0.1) is 13.5.
+  assert masks["kernel"].sum() == round((1 - float(np.float32(0.1))) * 15) == 13
+
+
 def test_weights_that_were_pruned_count_for_nothing_whatever_their_value():
   params = {"kernel": jnp.array([[9.0, 1.0, 2.0, 3.0, 4.0]])}
   masks = {"kernel": jnp.array([[False, True, True, True, True]])}

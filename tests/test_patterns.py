@@ -155,6 +155,15 @@ def test_tiles_of_lowest_mean_are_pruned_as_a_whole(pattern, tile):
   jax.tree.map(np.testing.assert_array_equal, masks, expected)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_means_of_half_precision_are_not_rounded_to_it(dtype):
+  scores = jax.random.uniform(jax.random.key(2), (64, 256), dtype)
+  means = np.mean(np.asarray(scores, np.float64), axis=0)
+  masks = sparsejax.masks_from_scores({"w": scores}, 0.5, pattern=Channels())
+  kept = np.argsort(means, kind="stable")[128:]
+  np.testing.assert_array_equal(np.flatnonzero(np.any(masks["w"], axis=0)), np.sort(kept))
+
+
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("spec", [P("data"), P(None, "data")], ids=str)
 def test_eight_devices_give_the_masks_of_n_of_m_that_one_gives(spec, mode):
@@ -319,6 +328,12 @@ def test_an_allocation_is_by_the_shapes_of_kernels_whatever_is_pruned_together()
     assert kept == round(density * channels)
 
 
+def test_n_of_m_tells_scores_apart_that_are_denormal():
+  scores = jnp.array([3e-40, 1e-40, 1.0, 2.0])[:, None]
+  masks = sparsejax.masks_from_scores({"w": scores}, 0.25, pattern=NM(2, 4))
+  np.testing.assert_array_equal(masks["w"][:, 0], [True, False, True, True])
+
+
 def test_scores_that_are_nan_stay_as_far_as_n_of_m_can():
   scores = np.array([1.0, 2.0, 3.0, 4.0, np.nan, np.nan, np.nan, 1.0])
   for prune in (
@@ -341,7 +356,15 @@ def masks_of_one_shot(params, pattern):
 
 
 @pytest.mark.parametrize(
-  "make", [lambda: NM(4, 4), lambda: NM(0, 4), lambda: Blocks((0, 2)), lambda: Blocks(4)]
+  "make",
+  [
+    lambda: NM(4, 4),
+    lambda: NM(0, 4),
+    lambda: NM(2, 4, axis=0.5),
+    lambda: Blocks((0, 2)),
+    lambda: Blocks(4),
+    lambda: Channels(None),
+  ],
 )
 def test_an_impossible_pattern_is_an_error(make):
   with pytest.raises(ValueError, match=r"must be|less than"):

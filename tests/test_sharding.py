@@ -162,3 +162,28 @@ def test_the_reader_of_programs_finds_what_is_sent(mode):
   leaf = jax.device_put(jnp.ones((1024, 8)), NamedSharding(mesh, P("data")))
   gather = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
   assert hlo.bytes_between_devices(gather.lower(leaf).compile()) == [("all-gather", 4 * 1024 * 8)]
+
+
+def test_each_device_can_have_a_run_of_its_own_in_a_shard_map():
+  tx = sparsejax.progressive_pruning(0.7, steps=4, every=2, allocation="erk")
+  params = {"a": jax.random.normal(KEY, (8, 12, 16)), "b": jax.random.normal(KEY, (8, 16, 4))}
+
+  def train(params, scale):
+    def step(carry, _):
+      params, state = carry
+      updates, state = tx.update(jax.tree.map(lambda p: scale * jnp.sin(p), params), state, params)
+      return (optax.apply_updates(params, updates), state), None
+
+    # As each device has its own parameters, so it has its own state.
+    state = jax.tree.map(lambda x: jnp.where(scale < 1, x, x), tx.init(params))
+    return jax.lax.scan(step, (params, state), length=4)[0][0]
+
+  scales = jnp.linspace(-0.5, 0.5, 8)
+  mesh = jax.make_mesh((8,), ("run",), axis_types=(AxisType.Auto,))
+  lanes = jax.vmap(train)
+  found = jax.jit(jax.shard_map(lanes, mesh=mesh, in_specs=P("run"), out_specs=P("run")))
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6),
+    found(params, scales),
+    jax.jit(lanes)(params, scales),
+  )
