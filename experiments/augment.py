@@ -11,6 +11,7 @@ the fraction after every step, rounds the mean grey level and has 256 hues.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Literal
@@ -55,11 +56,11 @@ class Augmentation:
       self,
       {
         "crop": (self.crop >= 0, "at least 0"),
-        "rotation": (self.rotation >= 0, "at least 0"),
+        "rotation": (0 <= self.rotation < math.inf, "at least 0 and finite"),
         "translation": (0 <= self.translation <= 1, "in [0, 1]"),
-        "brightness": (self.brightness >= 0, "at least 0"),
-        "contrast": (self.contrast >= 0, "at least 0"),
-        "saturation": (self.saturation >= 0, "at least 0"),
+        "brightness": (0 <= self.brightness < math.inf, "at least 0 and finite"),
+        "contrast": (0 <= self.contrast < math.inf, "at least 0 and finite"),
+        "saturation": (0 <= self.saturation < math.inf, "at least 0 and finite"),
         "hue": (0 <= self.hue <= 0.5, "in [0, 0.5]"),
         "erasing": (0 <= self.erasing <= 1, "a probability"),
         "erase_to": (self.erase_to in ("black", "mean"), "'black' or 'mean'"),

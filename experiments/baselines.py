@@ -27,7 +27,9 @@ def single_cycle(prefix: str, recipe: Recipe) -> dict[str, Recipe]:
   - "one-shot": training for three fifths of the epochs, pruning by magnitude, and fine-tuning for
     the rest, each along a whole cosine of the learning rate;
   - "snip", "grasp", "synflow", "magnitude", "random": pruning before training. SNIP and GraSP look
-    at one batch of training images as they are, and at the very weights that are trained then.
+    at one batch of training images as they are, and at the very weights that are trained then, of a
+    network that computes as in training: with the batch's statistics, and with dropout. No method
+    prunes biases, as SNIP's code does.
   """
   end = min(recipe.prune_begin + recipe.prune_epochs, recipe.epochs - 1)
   ramp = {"prune_epochs": end, "ramp": "cubic"}
@@ -61,7 +63,8 @@ def lottery(
     by_layer: whether layers are pruned at rates of their own, a fifth and, in the last one, a
       tenth, as Frankle & Carbin, 2019, prune LeNet; or else all compete for a fifth of all.
     in_all: whether cycles are shorter, so that together they take as many epochs as that training,
-      and the rates such that they come to its sparsity.
+      and the rates such that they come to its sparsity; a little less than that with `by_layer`,
+      where the last layer is pruned at half the rate.
   """
   found = dataclasses.replace(
     dense(recipe),

@@ -18,11 +18,11 @@ def errors_as_messages(*, resumes: bool = False) -> Iterator[None]:
   """
   try:
     yield
-  except (DataNotFound, ValueError) as error:
-    sys.exit(f"error: {error}")
   except BrokenPipeError:  # What was printed is not read to its end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
+  except (DataNotFound, ValueError, OSError) as error:
+    sys.exit(f"error: {error}")
   except KeyboardInterrupt:
     how = ": the same command resumes at the last checkpoint" if resumes else ""
     sys.exit(f"interrupted{how}")

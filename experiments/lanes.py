@@ -13,6 +13,7 @@ import json
 import math
 import pathlib
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,6 +71,40 @@ def in_grids(runs: Sequence[Run], size: int) -> list[list[Run]]:
   return grids
 
 
+def find_sets(
+  runs: Sequence[Run], missing: Sequence[Run], folder: pathlib.Path, size: int
+) -> dict[pathlib.Path, list[Run]]:
+  """The sets in which runs of one recipe are trained, each by the folder of its checkpoints.
+
+  Args:
+    runs: that differ in seed and sparsity.
+    missing: those of them that have no result. What was begun together is finished together.
+    folder: for the folders of all sets.
+    size: the most runs in a set.
+  """
+  by_place = {(run.recipe.sparsity, run.seed): run for run in runs}
+  left, found = {place: run for place, run in by_place.items() if run in missing}, {}
+  for path in sorted(folder.glob("*/config.json")):
+    config = records.read_json(path)
+    axes = [config.get(key) for key in ("sparsity", "seed")]
+    begun = list(itertools.product(*axes)) if all(isinstance(x, list) for x in axes) else []
+    if left.keys() & begun and by_place.keys() >= set(begun):
+      together = [by_place[place] for place in begun]
+      if not records.find_differences(config, _config(together)):
+        found[path.parent] = together
+        left = {place: run for place, run in left.items() if place not in begun}
+  for together in in_grids(list(left.values()), size):
+    places = " ".join(f"{run.recipe.sparsity} {run.seed}" for run in together)
+    found[folder / f"{zlib.crc32(places.encode()):08x}"] = together
+  return found
+
+
+def _config(runs: Sequence[Run]) -> dict[str, Any]:
+  """What goes into the `config.json` of a set of runs."""
+  sparsities, seeds = (list(dict.fromkeys(axis)) for axis in zip(*_check_grid(runs)))
+  return train_lib.make_config(runs[0]) | {"sparsity": sparsities, "seed": seeds}
+
+
 def train_lanes(
   runs: Sequence[Run], folder: pathlib.Path, time_limit: float = math.inf
 ) -> list[dict[str, Any]] | None:
@@ -99,7 +134,7 @@ def train_lanes(
   # It prunes if any of them does.
   recipe, first = max((run.recipe for run in runs), key=lambda r: r.sparsity), runs[0]
   dataset = data.load(recipe.data, first.data_dir)
-  config = train_lib.make_config(first) | {"sparsity": list(sparsities), "seed": list(seeds)}
+  config = _config(runs)
   provenance = records.provenance()
   with contextlib.ExitStack() as stack:
     stack.enter_context(records.open_folder(folder, config))

@@ -1,5 +1,6 @@
 """How a recipe optimizes and prunes: its optimizer, its masks, and its lottery tickets."""
 
+import collections
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -118,8 +119,9 @@ def make_learning_rate(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
 def _make_falling_rate(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
   """Steps down, or a cosine that changes from epoch to epoch, may rise again, or start anew."""
   if recipe.milestones:
-    steps = {round(m * steps_per_epoch): recipe.milestone_factor for m in recipe.milestones}
-    return optax.piecewise_constant_schedule(recipe.learning_rate, steps)
+    steps = collections.Counter(round(m * steps_per_epoch) for m in recipe.milestones)
+    factors = {step: recipe.milestone_factor**times for step, times in steps.items()}
+    return optax.piecewise_constant_schedule(recipe.learning_rate, factors)
   floor = recipe.final_learning_rate / recipe.learning_rate if recipe.learning_rate else 0.0
 
   def cosine_over(epochs):
@@ -144,7 +146,7 @@ def make_dynamic(
   dynamic = recipe.dynamic
   every = dynamic.every or steps_per_epoch
   total = recipe.epochs * steps_per_epoch
-  stop = round(dynamic.stop * total)
+  stop = max(1, round(dynamic.stop * total))
   start = dict(sparsity=sparsity, allocation=dynamic.allocation, key=key)
   if dynamic.method == "static":
     return sparsejax.static_sparse_training(sgd, **start)

@@ -13,7 +13,6 @@ import pathlib
 import statistics
 import sys
 import time
-import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -112,15 +111,13 @@ def _train_missing(options: Options, table: Table, deadline: float) -> list[str]
   failures = []
   for name in options.recipes or table.recipes:
     try:
-      for runs in _missing_runs(options, table, name):
+      for folder, runs in _missing_runs(options, table, name).items():
         left = deadline - time.perf_counter()
         if left <= 0:
           break
         if len(runs) == 1:
           results = [train_lib.train(dataclasses.replace(runs[0], time_limit=left))]
         else:
-          lanes_of = " ".join(str(run.folder) for run in runs)
-          folder = options.runs / f"{name}-lanes" / f"{zlib.crc32(lanes_of.encode()):08x}"
           results = lanes.train_lanes(runs, folder, left) or []
         for run, result in zip(runs, results):
           if result is not None:
@@ -132,16 +129,18 @@ def _train_missing(options: Options, table: Table, deadline: float) -> list[str]
   return failures
 
 
-def _missing_runs(options: Options, table: Table, name: str) -> list[list[Run]]:
-  """The runs of a recipe that have no result, those together that are trained side by side."""
+def _missing_runs(options: Options, table: Table, name: str) -> dict[pathlib.Path, list[Run]]:
+  """The runs of a recipe that have no result, and those of their sets; see `lanes.find_sets`."""
   runs = [
     _make_run(options, row, seed)
     for row in {row.name: row for row in table.rows if row.recipe == name}.values()
     for seed in options.seeds or table.seeds
-    if not _path(options.results, row.name, seed).exists()
+  ]
+  missing = [
+    run for run in runs if not _path(options.results, run.folder.parent.name, run.seed).exists()
   ]
   size = table.lanes if runs and lanes.fit_in_lanes(runs[0].recipe) else 1
-  return lanes.in_grids(runs, size)
+  return lanes.find_sets(runs, missing, options.runs / f"{name}-lanes", size)
 
 
 def _make_run(options: Options, row: Row, seed: int) -> Run:
@@ -205,7 +204,7 @@ def _read_results(table: Table, folder: pathlib.Path) -> dict[Row, dict[int, dic
       if (path := _path(folder, row.name, seed)).exists():
         result = records.read_json(path)
         config = {"recipe": row.recipe, "seed": seed, **dataclasses.asdict(of_row(row))}
-        records.check_config(path, result["config"], config)
+        records.check_config(path, result.get("config", {}), config)
         found[seed] = result | (result["cycles"][row.cycle - 1] if row.cycle else {})
   return results
 

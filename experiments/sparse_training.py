@@ -69,9 +69,9 @@ def criteria_grid(prefix: str, recipe: Recipe) -> dict[str, Recipe]:
 # DEVIATIONS: exactly as many weights are active in each layer as ERK says (there, each is drawn by
 # itself), and exactly as many grow at random as were dropped (there, as many on average); SET drops
 # no weight more where the number is odd. Images are normalised as everywhere here (there, CIFAR-10
-# by other deviations, and Fashion-MNIST by 0.5 and 0.5), and cropped with a margin of zeros (there,
-# of reflections). The small ConvNet has the layers that its code has, and so 94,538 parameters (a
-# comment there says 95,818).
+# by other deviations, and Fashion-MNIST by 0.5 and 0.5) and cropped with a margin of zeros (there,
+# of reflections), and those held out are drawn by seed (there, the last ones). The small ConvNet
+# has the layers that its code has, and so 94,538 parameters (a comment there says 95,818).
 _FANTASTIC = Recipe(
   data="cifar10",
   model="mlp",
@@ -91,8 +91,9 @@ _CIFAR = dataclasses.replace(_FANTASTIC, augmentation=_CIFAR_CROPS)
 # 80. Its VGG-19 is that of GraSP. The paper reports the epoch that is best on the test set; here it
 # is the last.
 # DEVIATIONS: bfloat16; the ramp reaches the final sparsity (there, it stops one change before), and
-# exactly as many weights are left as it asks for. Images are normalised as everywhere here (there,
-# by other deviations), and cropped with a margin of zeros (there, of reflections).
+# exactly as many weights are left as it asks for. On CIFAR-10, images are normalised as everywhere
+# here (there, by other deviations) and cropped with a margin of zeros (there, of reflections), and
+# those held out are drawn by seed (there, the last ones).
 _GRANET = Recipe(
   data="cifar10",
   model="vgg19-grasp",

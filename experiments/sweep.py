@@ -16,7 +16,6 @@ import math
 import pathlib
 import statistics
 import time
-import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -149,12 +148,9 @@ def _train_missing(
 ) -> list[dict[str, Any]] | None:
   """The results of all runs, after training those that have none; None if time is over."""
   missing = [run for run in runs if _read_result(run) is None]
-  # All together if they were begun so.
-  was_begun = missing and _lanes_folder(folder, runs).exists()
-  grids = [runs] if was_begun else lanes.in_grids(missing, len(runs))
-  for grid in grids:
+  for checkpoints, together in lanes.find_sets(runs, missing, folder / "lanes", len(runs)).items():
     left = deadline - time.perf_counter()
-    if left <= 0 or lanes.train_lanes(grid, _lanes_folder(folder, grid), left) is None:
+    if left <= 0 or lanes.train_lanes(together, checkpoints, left) is None:
       return None
   return list(map(_read_result, runs))
 
@@ -183,12 +179,6 @@ def _read_result(run: Run) -> dict[str, Any] | None:
   result = records.read_json(path)
   records.check_config(run.folder, result["config"], train_lib.make_config(run))
   return result
-
-
-def _lanes_folder(folder: pathlib.Path, runs: Sequence[Run]) -> pathlib.Path:
-  """Where the checkpoints of runs lie that are trained side by side."""
-  names = " ".join(f"{run.recipe.sparsity} {run.seed}" for run in runs)
-  return folder / "lanes" / f"{zlib.crc32(names.encode()):08x}"
 
 
 def _changes(recipe: Recipe, named: Recipe) -> dict[str, Any]:

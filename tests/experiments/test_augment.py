@@ -561,6 +561,7 @@ def test_a_pipeline_runs_in_a_scan_as_it_does_alone(photos):
     ("erasing", -0.5),
     ("erasing", float("nan")),
     ("erase_to", "white"),
+    *((field, float("inf")) for field in ("rotation", "brightness", "contrast", "saturation")),
   ],
 )
 def test_an_augmentation_names_the_field_and_the_value_that_are_wrong(field, value):

@@ -102,6 +102,13 @@ def test_grasp_looks_at_softened_logits(monkeypatch):
   np.testing.assert_allclose(seen["Dense_2"]["kernel"] / scale, expected / scale, atol=1e-4)
 
 
+def test_milestones_at_one_step_count_each():
+  recipe = dataclasses.replace(DIGITS, milestones=(1.0, 1.1, 2.0))
+  rate = methods.make_learning_rate(recipe, steps_per_epoch=2)
+  found = [float(rate(step)) / recipe.learning_rate for step in (1, 3, 5)]
+  np.testing.assert_allclose(found, [1, 0.01, 0.001], rtol=1e-5)
+
+
 def test_a_second_cosine_begins_where_the_training_before_fine_tuning_ends():
   recipe = RECIPES["lenet300-mnist-98-e40-one-shot"]
   rate = methods.make_learning_rate(recipe, steps_per_epoch=418)
@@ -192,6 +199,7 @@ def calls_that_change_masks(recipe, steps_per_epoch):
     ("lenet300-mnist-98-e40-snfs", 8, range(8, 40, 8)),
     ("lenet300-mnist-98-e40-rigl", 0, range(1, 30, 2)),
     ("lenet300-mnist-98-e40-rigl", 7, range(1, 30, 7)),
+    ("lenet300-mnist-98-e40-rigl", 100, [1]),
     ("lenet300-mnist-e20-magnitude-gradient", 7, range(7, 40, 7)),
     ("lenet300-mnist-e20-mest-random", 7, range(7, 40, 7)),
     ("lenet300-mnist-e20-mest-random", 8, range(8, 40, 8)),
@@ -207,6 +215,14 @@ def test_masks_change_on_the_grid_alone_and_leave_a_step_for_what_grows(name, ev
     dynamic=dataclasses.replace(recipe.dynamic, every=every),
   )
   assert calls_that_change_masks(recipe, 2) == list(expected)
+
+
+def test_masks_may_stop_to_change_before_the_first_step():
+  recipe = RECIPES["lenet300-mnist-98-e40-rigl"]
+  recipe = dataclasses.replace(
+    recipe, epochs=2, dynamic=dataclasses.replace(recipe.dynamic, stop=1e-4)
+  )
+  assert calls_that_change_masks(recipe, 2) == [1]
 
 
 def test_the_number_that_fantastic_weights_drops_is_rounded_up():

@@ -1,9 +1,10 @@
 import dataclasses
 import json
+import pathlib
 
 import pytest
 
-from experiments import plots, records, reproduce, tables
+from experiments import lanes, plots, records, reproduce, tables
 from experiments.recipes import RECIPES, of_row
 
 
@@ -120,6 +121,25 @@ def test_runs_with_a_result_are_not_trained_again_and_all_others_are(folder, mon
   assert not trained
 
 
+def test_runs_side_by_side_go_on_together_however_their_folder_is_called(tmp_path, monkeypatch):
+  name, begun = "lenet300-mnist-e20-static", []
+
+  def fake_lanes(runs, folder, time_limit):
+    begun.append(([(run.recipe.sparsity, run.seed) for run in runs], folder.resolve()))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(lanes._config(runs)))
+
+  monkeypatch.setattr(reproduce.lanes, "train_lanes", fake_lanes)
+  monkeypatch.chdir(tmp_path)
+  for runs, seeds in ((tmp_path / "runs", (42, 123)), (pathlib.Path("runs"), ())):
+    options = reproduce.Options(
+      "criteria", recipes=(name,), seeds=seeds, results=tmp_path, runs=runs
+    )
+    reproduce.reproduce(options)
+  assert begun[0] == begun[1]
+  assert begun[2][0] == [(s, 456) for s in (0.5, 0.8, 0.9, 0.95)]
+
+
 def test_a_run_that_stops_at_the_time_limit_is_not_a_result(folder, monkeypatch):
   limits = []
 
@@ -144,6 +164,9 @@ def test_a_result_of_another_recipe_is_an_error_that_names_the_field(folder):
   of_another["config"]["width"] = 0.125
   path.write_text(json.dumps(of_another))
   with pytest.raises(ValueError, match=r"98-seed42\.json holds a run with width=0\.125"):
+    reproduce.reproduce(reproduce.Options("lenet-mnist", results=folder, train=False))
+  path.write_text("{}")
+  with pytest.raises(ValueError, match=r"98-seed42\.json holds a run with "):
     reproduce.reproduce(reproduce.Options("lenet-mnist", results=folder, train=False))
   path.write_text("{")
   with pytest.raises(ValueError, match=r"98-seed42\.json is damaged"):
@@ -237,6 +260,12 @@ def test_what_cannot_be_trained_does_not_stop_the_others(folder, monkeypatch):
 def test_what_is_not_of_the_table_is_an_error(options, said):
   with pytest.raises(ValueError, match=said):
     reproduce.Options("lenet-mnist", **options)
+
+
+def test_what_the_system_refuses_is_a_message(tmp_path):
+  (tmp_path / "file").touch()
+  with pytest.raises(SystemExit, match=r"error: .*file"):
+    reproduce.main(["lenet-mnist", "--no-train", "--results", str(tmp_path / "file" / "results")])
 
 
 def test_the_committed_results_are_of_the_recipes_as_they_stand():

@@ -80,6 +80,13 @@ def make_sweep(folder, sparsities=(0.5, 0.9), seeds=(1, 2), **options):
   return sweep.Sweep(DIGITS, "lenet300-digits", sparsities, seeds, out=folder, **options)
 
 
+def begin(runs, folder):
+  """Leaves what a training of these runs side by side leaves when it begins."""
+  (folder,) = lanes.find_sets(runs, runs, folder, len(runs))
+  folder.mkdir(parents=True)
+  (folder / "config.json").write_text(json.dumps(lanes._config(runs)))
+
+
 def test_the_table_has_a_row_for_each_sparsity_and_says_who_died(tmp_path, trained):
   table = sweep.sweep(make_sweep(tmp_path, (0.0, 0.9), (1, 2, 3)))
   assert trained == [[(0.0, 1), (0.0, 2), (0.0, 3), (0.9, 1), (0.9, 2), (0.9, 3)]]
@@ -100,13 +107,38 @@ def test_more_seeds_and_sparsities_are_trained_where_they_are_missing(tmp_path, 
   assert trained[1:] == [[(0.5, 4), (0.9, 4)], [(0.8, 1), (0.8, 2), (0.8, 4)]]
 
 
-def test_what_was_begun_together_goes_on_together(tmp_path, trained):
+@pytest.mark.parametrize("seeds", [(1, 2), (1, 2, 4)])
+def test_what_was_begun_together_goes_on_together(tmp_path, trained, seeds):
   # As if it had been stopped while it wrote the results.
   runs = sweep._make_runs(make_sweep(tmp_path))
-  sweep._lanes_folder(tmp_path, runs).mkdir(parents=True)
+  begin(runs, tmp_path / "lanes")
   lanes.train_lanes(runs[:1], tmp_path, 1)
+  sweep.sweep(make_sweep(tmp_path, seeds=seeds))
+  more = [[(0.5, 4), (0.9, 4)]] if 4 in seeds else []
+  assert trained[1:] == [[(0.5, 1), (0.5, 2), (0.9, 1), (0.9, 2)], *more]
+
+
+def test_a_set_that_was_added_goes_on_together_too(tmp_path, trained):
   sweep.sweep(make_sweep(tmp_path))
-  assert trained[1:] == [[(0.5, 1), (0.5, 2), (0.9, 1), (0.9, 2)]]
+  added = [
+    run
+    for run in sweep._make_runs(make_sweep(tmp_path, (0.5, 0.8, 0.9)))
+    if "0.8" in str(run.folder)
+  ]
+  begin(added, tmp_path / "lanes")
+  lanes.train_lanes(added[:1], tmp_path, 1)
+  sweep.sweep(make_sweep(tmp_path, (0.5, 0.8, 0.9)))
+  assert trained[1:] == [[(0.8, 1)], [(0.8, 1), (0.8, 2)]]
+
+
+def test_a_set_of_another_recipe_does_not_go_on(tmp_path, trained):
+  runs = sweep._make_runs(make_sweep(tmp_path, (0.5,)))
+  begin(
+    [dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, width=0.5)) for run in runs],
+    tmp_path / "lanes",
+  )
+  sweep.sweep(make_sweep(tmp_path))
+  assert trained == [[(0.5, 1), (0.5, 2), (0.9, 1), (0.9, 2)]]
 
 
 def test_a_folder_with_runs_of_another_recipe_is_an_error(tmp_path, trained):
