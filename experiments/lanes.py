@@ -78,25 +78,45 @@ def find_sets(
 
   Args:
     runs: that differ in seed and sparsity.
-    missing: those of them that have no result. What was begun together is finished together.
+    missing: those of them that have no result.
     folder: for the folders of all sets.
-    size: the most runs in a set.
+    size: the most runs in a new set.
+
+  Returns:
+    The sets, no run in two of them: what was begun together, if all of it is among the runs, and
+    the rest of what is missing.
   """
-  by_place = {(run.recipe.sparsity, run.seed): run for run in runs}
-  left, found = {place: run for place, run in by_place.items() if run in missing}, {}
+  left, found = {_place(run): run for run in missing}, {}
+  begun = _begun(runs, folder) if left else {}
+  # Of sets that share runs, the one that is to give most.
+  for own, together in sorted(begun.items(), key=lambda item: -len(left.keys() & item[1])):
+    if left.keys() & together and not any(together.keys() & of.keys() for of in found.values()):
+      found[own] = together
+      left = {place: run for place, run in left.items() if place not in together}
+  sets = {own: list(together.values()) for own, together in found.items()}
+  for together in in_grids(list(left.values()), size):
+    places = " ".join(f"{sparsity} {seed}" for sparsity, seed in map(_place, together))
+    sets[folder / f"{zlib.crc32(places.encode()):08x}"] = together
+  return sets
+
+
+def _begun(
+  runs: Sequence[Run], folder: pathlib.Path
+) -> dict[pathlib.Path, dict[tuple[float, int], Run]]:
+  """The sets that were begun of these runs and no others, each by its folder: runs by place."""
+  by_place, begun = {_place(run): run for run in runs}, {}
   for path in sorted(folder.glob("*/config.json")):
     config = records.read_json(path)
-    axes = [config.get(key) for key in ("sparsity", "seed")]
-    begun = list(itertools.product(*axes)) if all(isinstance(x, list) for x in axes) else []
-    if left.keys() & begun and by_place.keys() >= set(begun):
-      together = [by_place[place] for place in begun]
-      if not records.find_differences(config, _config(together)):
-        found[path.parent] = together
-        left = {place: run for place, run in left.items() if place not in begun}
-  for together in in_grids(list(left.values()), size):
-    places = " ".join(f"{run.recipe.sparsity} {run.seed}" for run in together)
-    found[folder / f"{zlib.crc32(places.encode()):08x}"] = together
-  return found
+    sparsities, seeds = (config.get(key) for key in ("sparsity", "seed"))
+    if not (isinstance(sparsities, list) and isinstance(seeds, list)):
+      continue
+    places = [(s, seed) for s in sparsities for seed in seeds]
+    if not places or any(place not in list(by_place) for place in places):
+      continue
+    together = {place: by_place[place] for place in places}
+    if not records.find_differences(config, _config(list(together.values()))):
+      begun[path.parent] = together
+  return begun
 
 
 def _config(runs: Sequence[Run]) -> dict[str, Any]:
@@ -121,8 +141,8 @@ def train_lanes(
     time_limit: seconds, compilation included, after which no epoch may end.
 
   Returns:
-    The contents of each `result.json`, whose seconds are shares of the time of all; None if the
-    time limit came first.
+    The contents of each `result.json`, whose seconds are shares of the time of all; one that is
+    there already stays. None if the time limit came first.
 
   Raises:
     ValueError: if the runs are others, or of a recipe that does not fit in lanes, or if the folder,
@@ -218,6 +238,9 @@ def train_lanes(
     provenance |= {"lanes": len(runs)}
     results = {}
     for lane, (place, run) in enumerate(grid.items()):
+      if (path := run.folder / "result.json").exists():
+        results[place] = records.read_json(path)
+        continue
       config = records.to_json(train_lib.make_config(run))
       records.replace_file(run.folder / "config.json", config)
       lines = [of_epoch[lane] for of_epoch in metrics]

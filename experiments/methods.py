@@ -154,19 +154,23 @@ def make_dynamic(
   fraction = optax.cosine_decay_schedule(dynamic.fraction, stop, floor)
 
   def when(begin, *, after_step):
-    # To the last call of the grid after which a step is left: what grows there still learns.
+    # To the last change after which a whole step is left, so that what grows still learns. Calls
+    # count from 1 where masks change after the step, and else from 0.
     last = min(stop, total - 1 if after_step else total - 2)
-    return dict(every=every, end=last - max(last - begin, 0) % every, fraction=fraction)
+    if last < begin:
+      raise ValueError(f"every={every} must be smaller: no change of the masks is in {total} steps")
+    return dict(every=every, end=last - (last - begin) % every, fraction=fraction)
 
   if dynamic.method == "granet":
-    begin = recipe.prune_begin * steps_per_epoch
+    begin, steps = recipe.prune_begin * steps_per_epoch, recipe.prune_epochs * steps_per_epoch
+    changes = when(begin + every, after_step=True)
+    if changes["end"] < begin + steps:
+      raise ValueError(
+        f"every={every} must be smaller: no change of the masks is between the end of the ramp,"
+        f" step {begin + steps}, and the last of {total} steps"
+      )
     return sparsejax.granet(
-      sgd,
-      initial=recipe.initial_sparsity,
-      begin=begin,
-      steps=recipe.prune_epochs * steps_per_epoch,
-      **when(begin + every, after_step=True),
-      **start,
+      sgd, initial=recipe.initial_sparsity, begin=begin, steps=steps, **changes, **start
     )
   if dynamic.method == "rigl":
     return sparsejax.rigl(sgd, **when(0, after_step=False), **start)

@@ -120,8 +120,8 @@ def _train_missing(options: Options, table: Table, deadline: float) -> list[str]
         else:
           results = lanes.train_lanes(runs, folder, left) or []
         for run, result in zip(runs, results):
-          if result is not None:
-            path = _path(options.results, run.folder.parent.name, run.seed)
+          path = _path(options.results, run.folder.parent.name, run.seed)
+          if result is not None and not path.exists():
             path.parent.mkdir(exist_ok=True)
             records.replace_file(path, records.to_json(result))
     except data.DataNotFound as error:

@@ -256,9 +256,7 @@ def leaves_with_path(
   They are those of `jax.tree_util` but for variables of Flax NNX, which have a final `value` at
   `init` and not at `update`: it is left out.
   """
-  everything = jax.tree_util.tree_leaves_with_path(
-    tree, is_leaf=lambda x: x is None or is_masked_node(x)
-  )
+  everything = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: not jax.tree.leaves(x))
   leaves_below = collections.Counter(path[:i] for path, _ in everything for i in range(len(path)))
 
   def known(path):

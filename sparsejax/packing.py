@@ -71,7 +71,7 @@ def is_packed(mask: jax.Array) -> bool:
 
 def check_is_packed(masks: PyTree, pack: bool) -> None:
   """Raises a ValueError if masks in a state are packed and should not be, or the other way."""
-  if any(is_packed(mask) != pack for mask in jax.tree.leaves(masks) if mask.ndim):
+  if any(is_packed(mask) != pack for mask in jax.tree.leaves(masks) if np.ndim(mask)):
     raise ValueError(
       f"this state was made with pack={not pack}, but this transformation has pack={pack}: take"
       " the other, or a state that its `init` makes."

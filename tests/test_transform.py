@@ -292,6 +292,20 @@ def test_a_field_of_the_name_value_is_pruned_like_others():
     np.testing.assert_array_equal(found.query, masks["heads"].query)
 
 
+class WithStatistics(NamedTuple):
+  value: Any
+  statistics: Any
+
+
+@pytest.mark.parametrize("statistics", [{}, (), None])
+def test_a_field_beside_an_empty_one_has_its_name_too(statistics):
+  params = {"layer": WithStatistics(jnp.arange(1.0, 9.0).reshape(2, 4), statistics)}
+  tx = sparsejax.one_shot_pruning(0.5, at=0)
+  _, state = tx.update(params, tx.init(params), params)
+  more = {"layer": params["layer"]._replace(statistics={"mean": jnp.ones(3)})}
+  assert sparsejax.get_masks(state, more)["layer"].value.sum() == 4
+
+
 def test_parameters_without_a_name_are_called_the_array():
   with pytest.raises(ValueError, match=r"False for each of the array of shape \[5\]"):
     sparsejax.one_shot_pruning(0.5, at=0).init(jnp.ones(5))

@@ -150,7 +150,10 @@ def load(path: str | os.PathLike, *, like: PyTree | None = None) -> PyTree:
     for key in outer:
       node = node.setdefault(key, {}) if isinstance(node, dict) else None
     if not isinstance(node, dict) or last in node:
-      raise ValueError(f"{path} is damaged: {name!r} and another leaf lie in each other.")
+      raise ValueError(
+        f"{path} does not make nested dictionaries, since {name!r} and another leaf lie in each"
+        " other: pass `like`."
+      )
     node[last] = array
   return tree
 

@@ -256,7 +256,9 @@ def test_leaves_that_lie_in_each_other_are_refused_by_name(path, names):
   metadata = {"format": "sparsejax", "version": "1", "leaves": leaves}
   metadata["crc32"] = f"{zlib.crc32(leaves.encode()):08x}"
   path.write_bytes(safetensors.numpy.save(tensors, metadata))
-  with pytest.raises(ValueError, match=f"is damaged: '{names[1]}' and another leaf lie in each"):
+  with pytest.raises(
+    ValueError, match=f"since '{names[1]}' and another leaf lie in each other: pass `like`"
+  ):
     deploy.load(path)
 
 

@@ -143,6 +143,51 @@ def test_any_runs_are_split_into_combinations_of_sparsities_and_seeds(tmp_path):
   assert lanes.in_grids([], 12) == []
 
 
+def test_each_run_is_trained_in_one_set(tmp_path):
+  def make(sparsities, seeds):
+    return [
+      Run(dataclasses.replace(DIGITS, sparsity=sparsity), "digits", seed, out=tmp_path / "run")
+      for sparsity in sparsities
+      for seed in seeds
+    ]
+
+  def begin(name, runs):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").write_text(json.dumps(lanes._config(runs)))
+
+  begin("a", make((0.5,), (1, 2)))
+  begin("b", make((0.5, 0.8), (2, 1)))
+  begin("c", make((0.9,), (1, 2)))  # Nobody asks for it.
+  begin("d", make((0.8,), (3,)))
+  (tmp_path / "e").mkdir()
+  (tmp_path / "e/config.json").write_text('{"sparsity": [[0.5]], "seed": [1]}')
+  runs = make((0.5, 0.8), (1, 2, 3))
+  places = lambda sets: {p.name: [(r.recipe.sparsity, r.seed) for r in s] for p, s in sets.items()}
+  found = places(lanes.find_sets(runs, runs, tmp_path, 6))
+  assert found.pop("b") == [(0.5, 2), (0.5, 1), (0.8, 2), (0.8, 1)]
+  assert found.pop("d") == [(0.8, 3)]
+  assert list(found.values()) == [[(0.5, 3)]]
+  found = places(lanes.find_sets(runs, runs[-1:], tmp_path, 6))
+  assert found == {"d": [(0.8, 3)]}
+  # What is damaged is in the way only where something is missing.
+  (tmp_path / "e/config.json").write_text("{")
+  assert lanes.find_sets(runs, [], tmp_path, 6) == {}
+  with pytest.raises(ValueError, match=r"e/config\.json is damaged"):
+    lanes.find_sets(runs, runs, tmp_path, 6)
+
+
+def test_a_run_that_has_a_result_keeps_it(tmp_path):
+  runs = make_runs(tmp_path)
+  first = lanes.train_lanes(runs, tmp_path / "lanes")
+  path = runs[1].folder / "result.json"
+  path.write_text(json.dumps(first[1] | {"lanes": 1}))
+  (runs[2].folder / "result.json").unlink()
+  again = lanes.train_lanes(runs, tmp_path / "lanes")
+  assert [result["lanes"] for result in again] == [4, 1, 4, 4]
+  assert json.loads(path.read_text())["lanes"] == 1
+  assert again[2]["test_accuracy"] == first[2]["test_accuracy"]
+
+
 def test_networks_with_convolutions_are_trained_one_after_the_other_on_a_cpu(
   tmp_path, monkeypatch, capsys
 ):

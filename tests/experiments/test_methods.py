@@ -217,6 +217,28 @@ def test_masks_change_on_the_grid_alone_and_leave_a_step_for_what_grows(name, ev
   assert calls_that_change_masks(recipe, 2) == list(expected)
 
 
+@pytest.mark.parametrize(
+  ("name", "said"),
+  [
+    (
+      "lenet300-mnist-98-e40-set",
+      "every=33 must be smaller: no change of the masks is in 20 steps",
+    ),
+    ("lenet300-mnist-98-e40-granet", "of the ramp, step 18, and the last of 20 steps"),
+  ],
+)
+def test_masks_that_cannot_change_in_time_are_an_error(name, said):
+  recipe = RECIPES[name]
+  recipe = dataclasses.replace(
+    recipe,
+    epochs=10,
+    prune_epochs=min(recipe.prune_epochs, 9),
+    dynamic=dataclasses.replace(recipe.dynamic, every=33 if "set" in name else 7),
+  )
+  with pytest.raises(ValueError, match=said):
+    calls_that_change_masks(recipe, 2)
+
+
 def test_masks_may_stop_to_change_before_the_first_step():
   recipe = RECIPES["lenet300-mnist-98-e40-rigl"]
   recipe = dataclasses.replace(
