@@ -29,7 +29,7 @@ def single_cycle(prefix: str, recipe: Recipe) -> dict[str, Recipe]:
   - "snip", "grasp", "synflow", "magnitude", "random": pruning before training. SNIP and GraSP look
     at one batch of training images as they are, and at the very weights that are trained then, of a
     network that computes as in training: with the batch's statistics, and with dropout. No method
-    prunes biases, as SNIP's code does.
+    prunes biases, which SNIP's code does.
   """
   end = min(recipe.prune_begin + recipe.prune_epochs, recipe.epochs - 1)
   ramp = {"prune_epochs": end, "ramp": "cubic"}

@@ -86,35 +86,30 @@ def find_sets(
     The sets, no run in two of them: what was begun together, if all of it is among the runs, and
     the rest of what is missing.
   """
-  left, found = {_place(run): run for run in missing}, {}
+  left, sets = set(map(_place, missing)), {}
   begun = _begun(runs, folder) if left else {}
   # Of sets that share runs, the one that is to give most.
-  for own, together in sorted(begun.items(), key=lambda item: -len(left.keys() & item[1])):
-    if left.keys() & together and not any(together.keys() & of.keys() for of in found.values()):
-      found[own] = together
-      left = {place: run for place, run in left.items() if place not in together}
-  sets = {own: list(together.values()) for own, together in found.items()}
-  for together in in_grids(list(left.values()), size):
+  for own, together in sorted(begun.items(), key=lambda item: -len(left & {*map(_place, item[1])})):
+    is_shared = any(run in others for run in together for others in sets.values())
+    if not is_shared and not left.isdisjoint(places := set(map(_place, together))):
+      sets[own] = together
+      left -= places
+  for together in in_grids([run for run in missing if _place(run) in left], size):
     places = " ".join(f"{sparsity} {seed}" for sparsity, seed in map(_place, together))
     sets[folder / f"{zlib.crc32(places.encode()):08x}"] = together
   return sets
 
 
-def _begun(
-  runs: Sequence[Run], folder: pathlib.Path
-) -> dict[pathlib.Path, dict[tuple[float, int], Run]]:
-  """The sets that were begun of these runs and no others, each by its folder: runs by place."""
-  by_place, begun = {_place(run): run for run in runs}, {}
+def _begun(runs: Sequence[Run], folder: pathlib.Path) -> dict[pathlib.Path, list[Run]]:
+  """The sets that were begun of these runs and no others, each by its folder."""
+  begun = {}
   for path in sorted(folder.glob("*/config.json")):
     config = records.read_json(path)
-    sparsities, seeds = (config.get(key) for key in ("sparsity", "seed"))
-    if not (isinstance(sparsities, list) and isinstance(seeds, list)):
-      continue
-    places = [(s, seed) for s in sparsities for seed in seeds]
-    if not places or any(place not in list(by_place) for place in places):
-      continue
-    together = {place: by_place[place] for place in places}
-    if not records.find_differences(config, _config(list(together.values()))):
+    axes = [config.get(key) for key in ("sparsity", "seed")]
+    places = list(itertools.product(*axes)) if all(isinstance(x, list) for x in axes) else []
+    together = [run for place in places for run in runs if _place(run) == place]
+    is_whole = 0 < len(together) == len(places)
+    if is_whole and not records.find_differences(config, _config(together)):
       begun[path.parent] = together
   return begun
 
@@ -150,11 +145,11 @@ def train_lanes(
   """
   deadline = time.perf_counter() + time_limit
   grid = _check_grid(runs)
-  sparsities, seeds = (tuple(dict.fromkeys(axis)) for axis in zip(*grid))
+  config = _config(runs)
+  sparsities, seeds = tuple(config["sparsity"]), tuple(config["seed"])
   # It prunes if any of them does.
   recipe, first = max((run.recipe for run in runs), key=lambda r: r.sparsity), runs[0]
   dataset = data.load(recipe.data, first.data_dir)
-  config = _config(runs)
   provenance = records.provenance()
   with contextlib.ExitStack() as stack:
     stack.enter_context(records.open_folder(folder, config))

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import arguments, scoring, transform
+from sparsejax import arguments, scoring
 from sparsejax import masks as masks_lib
 from sparsejax.flow import synflow, synflow_scores
 from sparsejax.masks import Prunable, PyTree, is_kernel
@@ -164,7 +164,7 @@ def grasp(
   """
   scoring.check_batches(batches)
   scoring.check_params(params)
-  transform.check_prunable(params, masks_lib.select_prunable(params, prunable))
+  masks_lib.check_prunable(params, masks_lib.select_prunable(params, prunable))
   weights, loss_fn = scoring.widened(params), scoring.loss_for_widened(loss_fn, params)
 
   @jax.jit

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import arguments, counts, selection, sparsities, transform
+from sparsejax import arguments, counts, selection, sparsities
 from sparsejax import masks as masks_lib
 from sparsejax.masks import Prunable, PyTree, is_kernel
 
@@ -221,7 +221,7 @@ def _train(train, ticket: Ticket) -> tuple[PyTree, Mapping[int, PyTree]]:
 def _check_rate(rate: float | PyTree, params: PyTree, prunable: Prunable) -> float | PyTree:
   """The rate with Python floats, if it fits the weights and those can be pruned."""
   pool = masks_lib.select_prunable(params, prunable)
-  transform.check_prunable(params, masks_lib.all_true(pool))
+  masks_lib.check_prunable(params, masks_lib.all_true(pool))
   rate = arguments.check_sparsity("rate", rate)
   sparsities.check_leaves(rate, params, pool)
   return rate

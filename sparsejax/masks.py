@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsejax import counts
+from sparsejax import counts, ordinals
 
 PyTree = Any
 KeyPath = tuple[Any, ...]
@@ -153,6 +153,32 @@ def count_kept(mask: jax.Array) -> jax.Array:
 def select_prunable(tree: PyTree, prunable: Prunable) -> PyTree:
   """The tree with `optax.MaskedNode()` in place of the leaves that are not prunable."""
   return map_with_path(lambda path, x: x if prunable(path, x) else optax.MaskedNode(), tree)
+
+
+def check_prunable(params: PyTree, masks: PyTree) -> None:
+  """Raises a ValueError if nothing can be pruned, or something that the masks are of cannot."""
+
+  def named(tree):
+    leaves = leaves_with_path(tree)
+    return [(repr(path_name(path)) if path else "the array", x) for path, x in leaves]
+
+  if (leaves := named(params)) and not jax.tree.leaves(masks):
+    listed = [f"{name} of shape {list(np.shape(x))}" for name, x in leaves]
+    raise ValueError(
+      f"there is nothing to prune: `prunable` is False for each of {', '.join(listed[:5])}"
+      f"{', ...' if len(listed) > 5 else ''}."
+    )
+  pool = pick(masks, params, "the masks", "the parameters")
+  for name, p in named(pool):
+    if p.dtype not in ordinals.FLOATS:
+      raise ValueError(
+        f"{name} has dtype {p.dtype}, but only weights of {', '.join(map(str, ordinals.FLOATS))}"
+        " can be pruned: exclude it by `prunable`."
+      )
+    if p.size >= 2**32:
+      raise ValueError(
+        f"{name} has {p.size} weights, but a leaf must have fewer than 2**32: split it."
+      )
 
 
 def full_masks(kept: PyTree, tree: PyTree) -> PyTree:

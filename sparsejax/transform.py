@@ -6,10 +6,9 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from sparsejax import arguments, ordinals, packing
+from sparsejax import arguments, packing
 from sparsejax import masks as masks_lib
 from sparsejax.lanes import in_any_lane
 from sparsejax.masks import Prunable, PyTree, is_kernel, is_masked_node, where
@@ -176,7 +175,7 @@ def masked_updates(
   def init_fn(params):
     pool = masks_lib.select_prunable(params, prunable)
     masks = masks_lib.all_true(pool)
-    check_prunable(params, masks)
+    masks_lib.check_prunable(params, masks)
     if initial_masks is not None and jax.tree.leaves(params):
       # Copies, so that the state can be donated, and sharded like the parameters.
       masks = jax.tree.map(jnp.logical_and, masks, initial_masks(params, pool))
@@ -257,32 +256,6 @@ def masked_updates(
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def check_prunable(params: PyTree, masks: PyTree) -> None:
-  """Raises a ValueError if nothing can be pruned, or something that the masks are of cannot."""
-
-  def named(tree):
-    leaves = masks_lib.leaves_with_path(tree)
-    return [(repr(masks_lib.path_name(path)) if path else "the array", x) for path, x in leaves]
-
-  if (leaves := named(params)) and not jax.tree.leaves(masks):
-    listed = [f"{name} of shape {list(np.shape(x))}" for name, x in leaves]
-    raise ValueError(
-      f"there is nothing to prune: `prunable` is False for each of {', '.join(listed[:5])}"
-      f"{', ...' if len(listed) > 5 else ''}."
-    )
-  pool = masks_lib.pick(masks, params, "the masks", "the parameters")
-  for name, p in named(pool):
-    if p.dtype not in ordinals.FLOATS:
-      raise ValueError(
-        f"{name} has dtype {p.dtype}, but only weights of {', '.join(map(str, ordinals.FLOATS))}"
-        " can be pruned: exclude it by `prunable`."
-      )
-    if p.size >= 2**32:
-      raise ValueError(
-        f"{name} has {p.size} weights, but a leaf must have fewer than 2**32: split it."
-      )
 
 
 def _check_combination(inner, after_step, skip_step, moments, keep_weights) -> None:
