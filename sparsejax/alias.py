@@ -7,9 +7,10 @@ from sparsejax import arguments, criteria, start, transform
 from sparsejax.allocation import Allocation
 from sparsejax.arguments import OneOf
 from sparsejax.dynamic import dynamic_sparse_training
-from sparsejax.masks import Prunable, PyTree, is_kernel
+from sparsejax.masks import Prunable, is_kernel
 from sparsejax.patterns import SINGLE, Pattern
 from sparsejax.transform import Moments
+from sparsejax.trees import PyTree
 
 
 def granet(

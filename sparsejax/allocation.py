@@ -36,9 +36,10 @@ from sparsejax import arguments, counts, patterns, selection, sparsities
 from sparsejax import masks as masks_lib
 from sparsejax.arguments import OneOf
 from sparsejax.counts import Count
-from sparsejax.masks import Prunable, PyTree, is_kernel
+from sparsejax.masks import Prunable, is_kernel
 from sparsejax.patterns import SINGLE, Pattern
 from sparsejax.sparsities import Scalar, Sparsity
+from sparsejax.trees import PyTree
 
 Shapes = Sequence[tuple[int, ...]]
 Density = float | jax.Array

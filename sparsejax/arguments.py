@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsejax.masks import PyTree
+from sparsejax.trees import PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

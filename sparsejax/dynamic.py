@@ -20,10 +20,11 @@ from sparsejax import arguments, counts, criteria, patterns, rules, sparsities, 
 from sparsejax.allocation import Allocation
 from sparsejax.arguments import OneOf
 from sparsejax.criteria import Criterion, Score
-from sparsejax.masks import Prunable, PyTree, is_kernel
+from sparsejax.masks import Prunable, is_kernel
 from sparsejax.patterns import SINGLE, Pattern
 from sparsejax.rules import Rounding
 from sparsejax.transform import Moments
+from sparsejax.trees import PyTree
 
 
 def dynamic_sparse_training(

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import masks as masks_lib
-from sparsejax import start, transform
-from sparsejax.masks import PyTree
+from sparsejax import start, transform, trees
+from sparsejax.trees import PyTree
 
 
 def fixed_masks(masks: PyTree, *, pack: bool = False) -> optax.GradientTransformationExtraArgs:
@@ -37,14 +37,14 @@ def fixed_masks(masks: PyTree, *, pack: bool = False) -> optax.GradientTransform
      [0. 4.]]
   """
   masks_lib.check_boolean(masks)
-  _, unmasked = masks_lib.leaves_and_masked_nodes(masks)
+  _, unmasked = trees.leaves_and_masked_nodes(masks)
 
   def is_masked(path, leaf):
     is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-    return is_float and not masks_lib.lies_in(masks_lib.path_name(path), unmasked)
+    return is_float and not trees.lies_in(trees.path_name(path), unmasked)
 
   def initial_masks(params, pool):
-    start.check_all_true(masks, params, besides=masks_lib.leaves_by_name(pool))
+    start.check_all_true(masks, params, besides=trees.leaves_by_name(pool))
     return masks_lib.by_name(masks, params, pool)
 
   return transform.masked_updates(

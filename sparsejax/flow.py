@@ -10,11 +10,12 @@ import numpy as np
 from jax import lax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import arguments, counts, ordinals, scoring, selection, sparsities
+from sparsejax import arguments, counts, ordinals, scoring, selection, sparsities, trees
 from sparsejax import masks as masks_lib
 from sparsejax.allocation import Allocation
-from sparsejax.masks import Prunable, PyTree, is_kernel
+from sparsejax.masks import Prunable, is_kernel
 from sparsejax.sparsities import Sparsity
+from sparsejax.trees import PyTree
 
 ApplyFn = Callable[[PyTree, Any], jax.Array]
 
@@ -42,7 +43,7 @@ def synflow_scores(
   if masks is None:
     masks = masks_lib.all_true(params)
   masks_lib.check_boolean(masks)
-  masks_lib.check_same_structure(masks, params, "the masks", "the parameters")
+  trees.check_same_structure(masks, params, "the masks", "the parameters")
   flow = jax.jit(_scores_of(apply_fn, params, inputs))
   scores, is_sound = flow(scoring.widened(params), masks, inputs)
   _check(_total(scores), is_sound, stacklevel=2)
@@ -120,13 +121,13 @@ def synflow(
   def prune(weights, inputs):
     def prune_once(masks, k):
       scores, is_sound = flow(weights, masks_lib.full_masks(masks, weights), inputs)
-      scores = masks_lib.pick(pool, scores, "the pool", "the scores")
+      scores = trees.pick(pool, scores, "the pool", "the scores")
       leaves, treedef = jax.tree.flatten(scores)
       pruned = selection.select(leaves, k, active=jax.tree.leaves(masks))
       masks = jax.tree.unflatten(treedef, [~p for p in pruned])
       return masks, (_total(scores), is_sound)
 
-    first = masks_lib.pick(pool, weights, "the pool", "the weights")
+    first = trees.pick(pool, weights, "the pool", "the weights")
     return lax.scan(prune_once, masks_lib.all_true(first), k)
 
   masks, (totals, are_sound) = prune(weights, inputs)
@@ -175,7 +176,7 @@ def _scores_of(
   Raises:
     ValueError: if inputs or outputs are not floating-point arrays, or if `apply_fn` fails.
   """
-  for name, x in masks_lib.leaves_by_name(inputs).items():
+  for name, x in trees.leaves_by_name(inputs).items():
     if jnp.result_type(x) not in ordinals.FLOATS:
       raise ValueError(
         f"SynFlow needs floating-point inputs, but {name or 'they'} have dtype"

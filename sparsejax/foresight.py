@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import arguments, scoring
+from sparsejax import arguments, scoring, trees
 from sparsejax import masks as masks_lib
 from sparsejax.flow import synflow, synflow_scores
-from sparsejax.masks import Prunable, PyTree, is_kernel
+from sparsejax.masks import Prunable, is_kernel
+from sparsejax.trees import PyTree
 
 LossFn = Callable[[PyTree, Any], jax.Array]
 
@@ -187,7 +188,7 @@ def grasp(
     raise ValueError("there are no batches to score on: `batches` is empty.")
   for i, loss in enumerate(losses):
     scoring.check_loss(loss, f" of batch {i}")
-  direction = masks_lib.map_with_path(
+  direction = trees.map_with_path(
     lambda path, w, g: g if prunable(path, w) else jnp.zeros_like(g),
     weights,
     gradient,

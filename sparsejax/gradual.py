@@ -8,13 +8,14 @@ import numpy as np
 import optax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import arguments, criteria, patterns, rules, sparsities, transform
+from sparsejax import arguments, criteria, patterns, rules, sparsities, transform, trees
 from sparsejax import masks as masks_lib
 from sparsejax.allocation import Allocation
 from sparsejax.arguments import OneOf
 from sparsejax.criteria import Criterion, Score
-from sparsejax.masks import Prunable, PyTree, is_kernel
+from sparsejax.masks import Prunable, is_kernel
 from sparsejax.patterns import SINGLE, Pattern
+from sparsejax.trees import PyTree
 
 
 def progressive_pruning(
@@ -340,7 +341,7 @@ def _prune_lowest(
       pool = masks_lib.select_prunable(params, prunable)
       allocation_lib.check_pool(sparsity, params, pool, allocation, pattern)
       if not sparsities.is_scalar(sparsity):
-        names = masks_lib.leaves_by_name(pool)
+        names = trees.leaves_by_name(pool)
         for name, value in zip(names, sparsities.for_leaves(sparsity, pool)):
           arguments.check_rise(initial, value, f"the sparsity of {name!r}")
     return state

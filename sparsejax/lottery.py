@@ -24,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import arguments, counts, selection, sparsities
+from sparsejax import arguments, counts, selection, sparsities, trees
 from sparsejax import masks as masks_lib
-from sparsejax.masks import Prunable, PyTree, is_kernel
+from sparsejax.masks import Prunable, is_kernel
+from sparsejax.trees import PyTree
 
 
 class Ticket(NamedTuple):
@@ -121,7 +122,7 @@ def iterative_pruning(
   rewind_to = arguments.check_integer("rewind_to", rewind_to, at_least=0)
   rate = _check_rate(rate, params, prunable)
   if last is not None:
-    masks_lib.check_same_structure(last.masks, params, "the last round's masks", "the weights")
+    trees.check_same_structure(last.masks, params, "the last round's masks", "the weights")
   params = _copy(params)
   return _rounds(train, params, rounds, rate, rewind_to, rewind_weights, prunable, last)
 
@@ -178,11 +179,11 @@ def prune(
   """
   rate = _check_rate(rate, params, prunable)
   masks_lib.check_boolean(masks)
-  masks_lib.check_same_structure(masks, params, "the masks", "the weights")
+  trees.check_same_structure(masks, params, "the masks", "the weights")
   pool = masks_lib.select_prunable(params, prunable)
   rates = sparsities.for_leaves(rate, pool)
   weights, treedef = jax.tree.flatten(pool)
-  active = jax.tree.leaves(masks_lib.pick(pool, masks, "the weights", "the masks"))
+  active = jax.tree.leaves(trees.pick(pool, masks, "the weights", "the masks"))
   kept = [int(n) for n in jax.device_get([masks_lib.count_kept(m) for m in active])]
   sizes = [w.size for w in weights]
   if not isinstance(rates, list):
@@ -192,10 +193,10 @@ def prune(
   allocation_lib.check_some_left(sizes, k)
   pruned = selection.select(weights, counts.from_ints(k), active=active, score=jnp.abs)
   found = jax.tree.map(
-    lambda new, old: old if masks_lib.is_masked_node(new) else new,
+    lambda new, old: old if trees.is_masked_node(new) else new,
     jax.tree.unflatten(treedef, [~p for p in pruned]),
     masks,
-    is_leaf=masks_lib.is_masked_node,
+    is_leaf=trees.is_masked_node,
   )
   masks_lib.warn_of_emptied(found, stacklevel=2)
   return found
@@ -214,7 +215,7 @@ def _train(train, ticket: Ticket) -> tuple[PyTree, Mapping[int, PyTree]]:
       f" {ticket.index} starts, got those of {sorted(saved)}."
     )
   trained = saved[max(saved)]
-  masks_lib.check_same_structure(trained, ticket.params, "the trained weights", "the weights")
+  trees.check_same_structure(trained, ticket.params, "the trained weights", "the weights")
   return trained, saved
 
 

@@ -5,7 +5,6 @@ the structure of the parameters, with True everywhere in leaves that are never p
 optimizer state, and in the trees that a rule sees, `optax.MaskedNode()` stands for such leaves.
 """
 
-import collections
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsejax import counts, ordinals
+from sparsejax import counts, ordinals, trees
+from sparsejax.trees import KeyPath, PyTree
 
-PyTree = Any
-KeyPath = tuple[Any, ...]
 Prunable = Callable[[KeyPath, Any], bool]
 
 
@@ -45,7 +43,7 @@ def apply_masks(tree: PyTree, masks: PyTree) -> PyTree:
     The tree, zero where a mask is False.
   """
   check_boolean(masks)
-  check_same_structure(masks, tree, "the masks", "the tree")
+  trees.check_same_structure(masks, tree, "the masks", "the tree")
   return jax.tree.map(lambda m, x: jnp.where(m, x, jnp.zeros_like(x)), masks, tree)
 
 
@@ -122,8 +120,8 @@ def overlap(masks_a: PyTree, masks_b: PyTree, prunable: Prunable = is_kernel) ->
 
   check_boolean(masks_a)
   check_boolean(masks_b)
-  check_same_structure(masks_a, masks_b, "the first masks", "the second masks")
-  a, b = (leaves_by_name(select_prunable(masks, prunable)) for masks in (masks_a, masks_b))
+  trees.check_same_structure(masks_a, masks_b, "the first masks", "the second masks")
+  a, b = (trees.leaves_by_name(select_prunable(masks, prunable)) for masks in (masks_a, masks_b))
   per_layer, both, either = {}, 0.0, 0.0
   for name in a:
     one, other = jax.lax.optimization_barrier((a[name], b[name]))
@@ -135,7 +133,7 @@ def overlap(masks_a: PyTree, masks_b: PyTree, prunable: Prunable = is_kernel) ->
 
 def check_boolean(masks: PyTree) -> None:
   """Raises a ValueError if a mask is of another type."""
-  for name, mask in leaves_by_name(masks).items():
+  for name, mask in trees.leaves_by_name(masks).items():
     if jnp.result_type(mask) != jnp.bool_:
       raise ValueError(
         f"masks must be boolean, but {name!r} has dtype {jnp.result_type(mask)}: compare it, as in"
@@ -152,15 +150,15 @@ def count_kept(mask: jax.Array) -> jax.Array:
 
 def select_prunable(tree: PyTree, prunable: Prunable) -> PyTree:
   """The tree with `optax.MaskedNode()` in place of the leaves that are not prunable."""
-  return map_with_path(lambda path, x: x if prunable(path, x) else optax.MaskedNode(), tree)
+  return trees.map_with_path(lambda path, x: x if prunable(path, x) else optax.MaskedNode(), tree)
 
 
 def check_prunable(params: PyTree, masks: PyTree) -> None:
   """Raises a ValueError if nothing can be pruned, or something that the masks are of cannot."""
 
   def named(tree):
-    leaves = leaves_with_path(tree)
-    return [(repr(path_name(path)) if path else "the array", x) for path, x in leaves]
+    leaves = trees.leaves_with_path(tree)
+    return [(repr(trees.path_name(path)) if path else "the array", x) for path, x in leaves]
 
   if (leaves := named(params)) and not jax.tree.leaves(masks):
     listed = [f"{name} of shape {list(np.shape(x))}" for name, x in leaves]
@@ -168,7 +166,7 @@ def check_prunable(params: PyTree, masks: PyTree) -> None:
       f"there is nothing to prune: `prunable` is False for each of {', '.join(listed[:5])}"
       f"{', ...' if len(listed) > 5 else ''}."
     )
-  pool = pick(masks, params, "the masks", "the parameters")
+  pool = trees.pick(masks, params, "the masks", "the parameters")
   for name, p in named(pool):
     if p.dtype not in ordinals.FLOATS:
       raise ValueError(
@@ -188,11 +186,11 @@ def full_masks(kept: PyTree, tree: PyTree) -> PyTree:
   """
 
   def full(mask, leaf):
-    if is_masked_node(mask) and not is_masked_node(leaf):
+    if trees.is_masked_node(mask) and not trees.is_masked_node(leaf):
       return jnp.ones_like(leaf, dtype=bool)
     return mask
 
-  return jax.tree.map(full, kept, tree, is_leaf=is_masked_node)
+  return jax.tree.map(full, kept, tree, is_leaf=trees.is_masked_node)
 
 
 def all_true(tree: PyTree) -> PyTree:
@@ -202,7 +200,7 @@ def all_true(tree: PyTree) -> PyTree:
 
 def warn_of_emptied(masks: PyTree, stacklevel: int) -> None:
   """Warns of layers in which no weight is left, if the masks are known."""
-  leaves = {name: m for name, m in leaves_by_name(masks).items() if m.size}
+  leaves = {name: m for name, m in trees.leaves_by_name(masks).items() if m.size}
   if any(isinstance(m, jax.core.Tracer) for m in leaves.values()):
     return
   alive = jax.device_get({name: jnp.any(m) for name, m in leaves.items()})
@@ -212,36 +210,6 @@ def warn_of_emptied(masks: PyTree, stacklevel: int) -> None:
       " Prune less, or give each layer its share by `allocation`.",
       stacklevel=stacklevel + 1,
     )
-
-
-def pick(template: PyTree, tree: PyTree, name_template: str, name_tree: str) -> PyTree:
-  """The tree with `optax.MaskedNode()` where a template has it.
-
-  Args:
-    template: a tree of arrays and `optax.MaskedNode()`.
-    tree: a tree with its structure and shapes, but for the places of those nodes.
-    name_template: what to call the template in an error.
-    name_tree: what to call the tree in an error.
-
-  Returns:
-    A tree with the structure of the template.
-
-  Raises:
-    ValueError: if the rest of the tree differs from that of the template; it says where.
-  """
-  try:
-    picked = jax.tree.map(
-      lambda t, x: t if is_masked_node(t) else x, template, tree, is_leaf=is_masked_node
-    )
-  except ValueError as error:
-    expected, ignored = leaves_and_masked_nodes(template)
-    rest = {name: x for name, x in leaves_by_name(tree).items() if not lies_in(name, ignored)}
-    check_same_shapes(expected, rest, name_template, name_tree)
-    raise ValueError(
-      f"{name_template} and {name_tree} have different structures: {error}"
-    ) from error
-  check_same_structure(template, picked, name_template, name_tree)
-  return picked
 
 
 def by_name(masks: PyTree, params: PyTree, pool: PyTree) -> PyTree:
@@ -259,91 +227,12 @@ def by_name(masks: PyTree, params: PyTree, pool: PyTree) -> PyTree:
     ValueError: if masks are missing, left over, or have other shapes.
   """
   check_boolean(masks)
-  given, unmasked = leaves_and_masked_nodes(masks)
-  weights, other_groups = leaves_and_masked_nodes(params)
-  check_same_shapes(
-    {name: m for name, m in given.items() if not lies_in(name, other_groups)},
-    {name: p for name, p in weights.items() if not lies_in(name, unmasked)},
+  given, unmasked = trees.leaves_and_masked_nodes(masks)
+  weights, other_groups = trees.leaves_and_masked_nodes(params)
+  trees.check_same_shapes(
+    {name: m for name, m in given.items() if not trees.lies_in(name, other_groups)},
+    {name: p for name, p in weights.items() if not trees.lies_in(name, unmasked)},
     "the masks",
     "the parameters",
   )
-  return map_with_path(lambda path, _: given[path_name(path)], pool)
-
-
-def is_masked_node(x: Any) -> bool:
-  return isinstance(x, optax.MaskedNode)
-
-
-def leaves_with_path(
-  tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
-) -> list[tuple[KeyPath, Any]]:
-  """The leaves of a tree and their paths, as everything in this library knows them.
-
-  They are those of `jax.tree_util` but for variables of Flax NNX, which have a final `value` at
-  `init` and not at `update`: it is left out.
-  """
-  everything = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: not jax.tree.leaves(x))
-  leaves_below = collections.Counter(path[:i] for path, _ in everything for i in range(len(path)))
-
-  def known(path):
-    is_value = path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value"
-    # A field of this name beside others is no variable.
-    return path[:-1] if is_value and leaves_below[path[:-1]] == 1 else path
-
-  return [(known(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf)]
-
-
-def map_with_path(function: Callable[..., Any], tree: PyTree, *trees: PyTree) -> PyTree:
-  """A function of the paths of `leaves_with_path` and the leaves of one or more trees."""
-  structure = jax.tree.structure(tree)
-  paths = [path for path, _ in leaves_with_path(tree)]
-  leaves = map(structure.flatten_up_to, (tree, *trees))
-  return jax.tree.unflatten(structure, map(function, paths, *leaves))
-
-
-def path_name(path: KeyPath) -> str:
-  """A path as a name for people, such as "dense/kernel"."""
-  return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def leaves_by_name(tree: PyTree) -> dict[str, Any]:
-  """The leaves of a tree by their names for people; a ValueError if two have the same."""
-  leaves = {}
-  for path, leaf in leaves_with_path(tree):
-    if (name := path_name(path)) in leaves:
-      raise ValueError(f"two leaves have the name {name!r}: rename one of them.")
-    leaves[name] = leaf
-  return leaves
-
-
-def leaves_and_masked_nodes(tree: PyTree) -> tuple[dict[str, Any], list[str]]:
-  """The leaves of a tree by name, and the names of its `optax.MaskedNode()`."""
-  nodes = [
-    path_name(path)
-    for path, x in leaves_with_path(tree, is_leaf=is_masked_node)
-    if is_masked_node(x)
-  ]
-  return leaves_by_name(tree), nodes
-
-
-def lies_in(name: str, nodes: list[str]) -> bool:
-  """Whether a leaf lies at or below one of the nodes, all given by name."""
-  return any(f"{name}/".startswith(f"{node}/") for node in nodes)
-
-
-def check_same_structure(a: PyTree, b: PyTree, name_a: str, name_b: str) -> None:
-  """Raises a ValueError that says where two trees differ in structure or in shapes."""
-  check_same_shapes(leaves_by_name(a), leaves_by_name(b), name_a, name_b)
-
-
-def check_same_shapes(a: dict[str, Any], b: dict[str, Any], name_a: str, name_b: str) -> None:
-  """The same for two sets of leaves by name."""
-  for path in a | b:
-    if path not in b:
-      raise ValueError(f"{name_a} have {path!r}, but {name_b} have not.")
-    if path not in a:
-      raise ValueError(f"{name_b} have {path!r}, but {name_a} have not.")
-    if np.shape(a[path]) != np.shape(b[path]):
-      raise ValueError(
-        f"{path!r} has shape {np.shape(a[path])} in {name_a}, but {np.shape(b[path])} in {name_b}."
-      )
+  return trees.map_with_path(lambda path, _: given[trees.path_name(path)], pool)

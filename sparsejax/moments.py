@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsejax.masks import PyTree, is_masked_node, leaves_by_name
+from sparsejax.trees import PyTree, is_masked_node, leaves_by_name
 
 # What optax calls the first moment in the states of its optimizers, and the second beside it.
 _SECOND_OF = {

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sparsejax import masks as masks_lib
-from sparsejax.masks import PyTree
+from sparsejax import trees
+from sparsejax.trees import PyTree
 
 # Shifted in 32 bits: in eight, XLA's CPU backend comes to an abrupt end beside float16.
 _BITS = np.arange(8, dtype=np.uint32)
@@ -46,12 +46,12 @@ def unpack(masks: PyTree, params: PyTree) -> PyTree:
   """
   if not any(map(is_packed, jax.tree.leaves(masks))):
     return masks
-  weights = masks_lib.leaves_by_name(params)
+  weights = trees.leaves_by_name(params)
 
   def of_leaf(path, mask):
     if not is_packed(mask):
       return mask
-    name = masks_lib.path_name(path)
+    name = trees.path_name(path)
     if name not in weights:
       raise ValueError(f"the masks have {name!r}, but the parameters have not.")
     shape = np.shape(weights[name])
@@ -62,7 +62,7 @@ def unpack(masks: PyTree, params: PyTree) -> PyTree:
       )
     return _sharded_like(weights[name], _unpack(mask)[..., : shape[-1]])
 
-  return masks_lib.map_with_path(of_leaf, masks)
+  return trees.map_with_path(of_leaf, masks)
 
 
 def is_packed(mask: jax.Array) -> bool:

@@ -34,10 +34,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import arguments, counts, ordinals
+from sparsejax import arguments, counts, ordinals, trees
 from sparsejax import masks as masks_lib
 from sparsejax.counts import Count
-from sparsejax.masks import Prunable, PyTree, is_kernel
+from sparsejax.masks import Prunable, is_kernel
+from sparsejax.trees import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +282,7 @@ def check(masks: PyTree, pattern: Pattern, prunable: Prunable = is_kernel) -> No
     ValueError: the mask of 'kernel' does not have the pattern NM(n=1, m=4, axis=-2).
   """
   masks_lib.check_boolean(masks)
-  pool = masks_lib.leaves_by_name(masks_lib.select_prunable(masks, prunable))
+  pool = trees.leaves_by_name(masks_lib.select_prunable(masks, prunable))
   check_fit(pool, pattern)
   for name, mask in pool.items():
     if not pattern.follows(mask):
@@ -298,7 +299,7 @@ def check_is_pattern(pattern: Any) -> None:
 
 def check_fit(pool: PyTree, pattern: Pattern) -> None:
   """Raises a ValueError that names a leaf whose shape the pattern does not fit."""
-  for name, leaf in masks_lib.leaves_by_name(pool).items():
+  for name, leaf in trees.leaves_by_name(pool).items():
     try:
       pattern.units(np.shape(leaf))
     except ValueError as error:

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from sparsejax import masks as masks_lib
-from sparsejax import state
-from sparsejax.masks import Prunable, PyTree, is_kernel
+from sparsejax import state, trees
+from sparsejax.masks import Prunable, is_kernel
+from sparsejax.trees import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,12 +143,12 @@ def summary(
     total                        10       4    60.00%      4           16
   """
   masks_lib.check_boolean(masks)
-  masks_lib.check_same_structure(masks, params, "the masks", "the parameters")
+  trees.check_same_structure(masks, params, "the masks", "the parameters")
   positions = dict(positions or {})
-  kept = jax.device_get(jax.tree.map(masks_lib.count_kept, masks_lib.leaves_by_name(masks)))
+  kept = jax.device_get(jax.tree.map(masks_lib.count_kept, trees.leaves_by_name(masks)))
   layers, others = [], []
-  for path, leaf in masks_lib.leaves_with_path(params):
-    name, shape = masks_lib.path_name(path), tuple(np.shape(leaf))
+  for path, leaf in trees.leaves_with_path(params):
+    name, shape = trees.path_name(path), tuple(np.shape(leaf))
     row = Row(name, shape, math.prod(shape), int(kept[name]))
     if not prunable(path, leaf):
       others.append(row)

@@ -10,15 +10,15 @@ import numpy as np
 import optax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import counts, criteria, ordinals, selection
+from sparsejax import counts, criteria, ordinals, selection, trees
 from sparsejax import masks as masks_lib
 from sparsejax.allocation import Allocation
 from sparsejax.counts import Count
 from sparsejax.criteria import Criterion, Leaf, Score
-from sparsejax.masks import PyTree
 from sparsejax.moments import find_moments
 from sparsejax.patterns import SINGLE, Pattern
 from sparsejax.transform import Call, Rule
+from sparsejax.trees import PyTree
 
 # Takes the number of the call, the tree of prunable weights, and a function from a sparsity to a
 # number of weights; returns how many weights are to be pruned in all.
@@ -281,7 +281,7 @@ def _scores(
 ) -> list[jax.Array]:
   """The scores of all prunable leaves; the role is the criterion's name in `from_criteria`."""
   found = []
-  paths, treedef = masks_lib.leaves_with_path(call.params), jax.tree.structure(call.params)
+  paths, treedef = trees.leaves_with_path(call.params), jax.tree.structure(call.params)
   if isinstance(criterion, Criterion):
     statistics = treedef.flatten_up_to(call.statistics[role])
   for i, ((path, _), leaf) in enumerate(zip(paths, _leaves(call, number))):
@@ -296,7 +296,7 @@ def _scores(
       got = f"{score.dtype}{list(score.shape)}" if is_array else repr(score)
       raise ValueError(
         f"a criterion must return one floating-point score for each weight, got {got} for"
-        f" {masks_lib.path_name(path)!r} of shape {list(leaf.weight.shape)}."
+        f" {trees.path_name(path)!r} of shape {list(leaf.weight.shape)}."
       )
     found.append(jnp.asarray(score))
   return found

@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import masks as masks_lib
-from sparsejax import ordinals
-from sparsejax.masks import PyTree
+from sparsejax import ordinals, trees
+from sparsejax.trees import PyTree
 
 
 def check_params(params: PyTree) -> None:
   """Raises a ValueError if a parameter is not floating-point."""
-  for name, leaf in masks_lib.leaves_by_name(params).items():
+  for name, leaf in trees.leaves_by_name(params).items():
     if jnp.result_type(leaf) not in ordinals.FLOATS:
       raise ValueError(
         f"parameters must be floating-point arrays, but {name!r} has dtype"
@@ -101,7 +100,7 @@ def check_loss(loss: jax.Array, which: str = "") -> None:
 
 def check_scores(scores: PyTree, factors: str) -> None:
   """Raises a ValueError if scores are known not to be finite, or to be all zero as factors are."""
-  leaves = masks_lib.leaves_by_name(scores)
+  leaves = trees.leaves_by_name(scores)
   if not leaves or any(isinstance(s, jax.core.Tracer) for s in leaves.values()):
     return
   largest = jax.device_get({name: jnp.max(jnp.abs(s), initial=0) for name, s in leaves.items()})

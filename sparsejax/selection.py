@@ -21,9 +21,10 @@ from jax.tree_util import PyTreeDef
 
 from sparsejax import counts
 from sparsejax.counts import Count
-from sparsejax.masks import PyTree, where
+from sparsejax.masks import where
 from sparsejax.ordinals import FLOATS, UNSIGNED, ordinal, widened
 from sparsejax.search import search
+from sparsejax.trees import PyTree
 
 
 def select_smallest(scores: PyTree, k: Any, *, among: PyTree | None = None) -> PyTree:

@@ -2,9 +2,9 @@
 
 import jax
 
-from sparsejax import masks as masks_lib
+from sparsejax import trees
 from sparsejax.arguments import OneOf
-from sparsejax.masks import PyTree
+from sparsejax.trees import PyTree
 
 Scalar = float | jax.Array | OneOf
 Sparsity = Scalar | PyTree
@@ -23,9 +23,9 @@ def check_leaves(sparsity: Sparsity, tree: PyTree, pool: PyTree) -> None:
   """
   if is_scalar(sparsity):
     return
-  prunable = masks_lib.leaves_by_name(pool)
-  leaves, elsewhere = masks_lib.leaves_and_masked_nodes(tree)
-  given = masks_lib.leaves_by_name(sparsity)
+  prunable = trees.leaves_by_name(pool)
+  leaves, elsewhere = trees.leaves_and_masked_nodes(tree)
+  given = trees.leaves_by_name(sparsity)
   for name in prunable:
     if name not in given:
       raise ValueError(
@@ -33,7 +33,7 @@ def check_leaves(sparsity: Sparsity, tree: PyTree, pool: PyTree) -> None:
       )
   for name, value in given.items():
     is_idle = name in leaves and not (isinstance(value, float) and value != 0)
-    if name not in prunable and not is_idle and not masks_lib.lies_in(name, elsewhere):
+    if name not in prunable and not is_idle and not trees.lies_in(name, elsewhere):
       raise ValueError(
         f"the tree of sparsities asks for {value!r} in {name!r}, which is not a prunable leaf."
       )
@@ -43,8 +43,8 @@ def for_leaves(sparsity: Sparsity, pool: PyTree) -> Scalar | list[Scalar]:
   """A sparsity as a scalar, or as a list with one for each leaf of the pool."""
   if is_scalar(sparsity):
     return sparsity
-  given = masks_lib.leaves_by_name(sparsity)
-  return [given[name] for name in masks_lib.leaves_by_name(pool)]
+  given = trees.leaves_by_name(sparsity)
+  return [given[name] for name in trees.leaves_by_name(pool)]
 
 
 def is_scalar(sparsity: Sparsity) -> bool:

@@ -8,11 +8,11 @@ import numpy as np
 import optax
 
 from sparsejax import allocation as allocation_lib
-from sparsejax import arguments, patterns, sparsities
+from sparsejax import arguments, patterns, sparsities, trees
 from sparsejax import masks as masks_lib
 from sparsejax.allocation import Allocation
-from sparsejax.masks import PyTree
 from sparsejax.patterns import Pattern
+from sparsejax.trees import PyTree
 
 
 def check_start(
@@ -85,7 +85,7 @@ def initial_masks(
   def start_of(params, pool):
     if is_given:
       found = masks_lib.by_name(masks, params, pool)
-      check_all_true(masks, params, besides=masks_lib.leaves_by_name(pool))
+      check_all_true(masks, params, besides=trees.leaves_by_name(pool))
       return found
     if is_dense:
       return masks_lib.all_true(pool)
@@ -123,7 +123,7 @@ def _check_rise(pool: PyTree, at_start: np.ndarray | None, at_end: np.ndarray | 
   """Raises a ValueError if a leaf is known to be sparser at the start than at the end."""
   if at_start is None or at_end is None:
     return
-  names = [repr(name) for name in masks_lib.leaves_by_name(pool)]
+  names = [repr(name) for name in trees.leaves_by_name(pool)]
   if len(at_end) < len(names):
     names, at_start = ["the network"], [sum(at_start)]
   for name, first, last in zip(names, map(int, at_start), map(int, at_end)):
@@ -136,8 +136,8 @@ def _check_rise(pool: PyTree, at_start: np.ndarray | None, at_end: np.ndarray | 
 
 def check_all_true(masks: PyTree, params: PyTree, besides: Container[str]) -> None:
   """Raises a ValueError if masks are known to prune parameters besides those named."""
-  weights = masks_lib.leaves_by_name(params)
-  for name, mask in masks_lib.leaves_by_name(masks).items():
+  weights = trees.leaves_by_name(params)
+  for name, mask in trees.leaves_by_name(masks).items():
     if isinstance(mask, jax.core.Tracer) or name in besides or name not in weights:
       continue
     with jax.ensure_compile_time_eval():

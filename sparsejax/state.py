@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax import masks as masks_lib
-from sparsejax import packing
-from sparsejax.masks import PyTree
+from sparsejax import packing, trees
+from sparsejax.trees import PyTree
 
 
 class MaskedUpdatesState(NamedTuple):
@@ -53,15 +52,15 @@ def get_masks(opt_state: PyTree, params: PyTree) -> PyTree:
     >>> sparsejax.get_masks(tx.init(params), params)["bias"]
     Array([ True,  True], dtype=bool)
   """
-  given = masks_lib.leaves_with_path(params)
+  given = trees.leaves_with_path(params)
   # By name where the parameters are in another container, such as a module of Flax NNX.
-  leaves = {masks_lib.path_name(path): leaf for path, leaf in given} | dict(given)
+  leaves = {trees.path_name(path): leaf for path, leaf in given} | dict(given)
   found = {}
   for state in _states(opt_state):
-    for path, mask in masks_lib.leaves_with_path(packing.unpack(state.masks, params)):
-      name = masks_lib.path_name(path)
+    for path, mask in trees.leaves_with_path(packing.unpack(state.masks, params)):
+      name = trees.path_name(path)
       key = path if path in leaves else name
-      masks_lib.check_same_shapes(
+      trees.check_same_shapes(
         {name: mask},
         {name: leaves[key]} if key in leaves else {},
         "the masks",
@@ -70,10 +69,10 @@ def get_masks(opt_state: PyTree, params: PyTree) -> PyTree:
       found.setdefault(key, []).append(mask)
 
   def full_mask(path, leaf):
-    masks = found.get(path, []) + found.get(masks_lib.path_name(path), [])
+    masks = found.get(path, []) + found.get(trees.path_name(path), [])
     return functools.reduce(jnp.logical_and, masks, jnp.ones_like(leaf, dtype=bool))
 
-  return masks_lib.map_with_path(full_mask, params)
+  return trees.map_with_path(full_mask, params)
 
 
 def mask_bytes(opt_state: PyTree) -> int:

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax import arguments, packing
+from sparsejax import arguments, packing, trees
 from sparsejax import masks as masks_lib
 from sparsejax.lanes import in_any_lane
-from sparsejax.masks import Prunable, PyTree, is_kernel, is_masked_node, where
+from sparsejax.masks import Prunable, is_kernel, where
 from sparsejax.moments import map_moments
 from sparsejax.state import MaskedUpdatesState
+from sparsejax.trees import PyTree, is_masked_node
 
 Moments = Literal["masked", "reset", "kept"]
 
@@ -201,10 +202,10 @@ def masked_updates(
     packing.check_is_packed(state.masks, pack)
     load = functools.partial(packing.unpack, params=params)
     before = load(state.masks)
-    weights = masks_lib.pick(before, params, "the masks", "the parameters")
-    of_weights = masks_lib.pick(before, updates, "the masks", "the updates")
+    weights = trees.pick(before, params, "the masks", "the parameters")
+    of_weights = trees.pick(before, updates, "the masks", "the updates")
     if grad is not None:
-      gradient = masks_lib.pick(before, grad, "the masks", "the gradients")
+      gradient = trees.pick(before, grad, "the masks", "the gradients")
     else:
       gradient = None if inner is None else of_weights
     count = state.count + 1 if after_step else state.count
@@ -228,7 +229,7 @@ def masked_updates(
     inner_state = state.inner
     if after_step:
       updates, inner_state = step(before, before, inner_state)
-      made = masks_lib.pick(before, updates, "the masks", "the updates")
+      made = trees.pick(before, updates, "the masks", "the updates")
       weights = _masked(before, optax.apply_updates(weights, made))
     found, survivors, statistics = change(weights, inner_state)
     masks, survivors = load(found), load(survivors)
@@ -296,7 +297,7 @@ def _changed(
     found = []
     for stage in stages:
       masks = stage(now)
-      masks_lib.pick(now.masks, masks, "the masks", "the masks that the rule returns")
+      trees.pick(now.masks, masks, "the masks", "the masks that the rule returns")
       masks_lib.check_boolean(masks)
       masks = jax.tree.map(lambda m, before: jnp.where(is_due, m, before), masks, now.masks)
       now = now._replace(masks=masks, params=_masked(masks, now.params))

@@ -10,7 +10,7 @@ import pytest
 
 import sparsejax
 from sparsejax import moments
-from sparsejax.masks import is_masked_node
+from sparsejax.trees import is_masked_node
 
 CALLS = 8
 SHAPES = {"big": {"kernel": (6, 5), "bias": (5,)}, "small": {"kernel": (2, 2, 1, 3)}}

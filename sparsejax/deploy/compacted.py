@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsejax import masks as masks_lib
+from sparsejax import trees
 from sparsejax.deploy import program as programs
 from sparsejax.deploy.compaction_report import CompactionReport
 from sparsejax.deploy.contraction import Contraction, rule_of
@@ -74,7 +74,7 @@ class Compacted:
       ValueError: if the parameters or the inputs are of another network, or differ from the example
         in more than the batch size, or if the function does other things at this batch size.
     """
-    masks_lib.check_same_structure(params, self.params, "the parameters", "those of this network")
+    trees.check_same_structure(params, self.params, "the parameters", "those of this network")
     inputs = jax.tree.map(jnp.asarray, inputs)
     self._check(inputs)
     program = self._program_for(inputs)

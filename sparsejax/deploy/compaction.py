@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import masks as masks_lib
+from sparsejax import trees
 from sparsejax.deploy import program as programs
 from sparsejax.deploy.compacted import Compacted, Step
 from sparsejax.deploy.compaction_report import CompactionReport, CompactionRow
 from sparsejax.deploy.contraction import operations, weights_of
 from sparsejax.deploy.plan import Plan
 from sparsejax.deploy.sites import Indices, cut, positions
-from sparsejax.masks import PyTree
+from sparsejax.trees import PyTree
 
 _CAPTURED = "captured"
 _MADE = "constants"  # The owner of what is computed from literals alone.
@@ -74,7 +74,7 @@ def compact(apply_fn: Callable[..., Any], params: PyTree, example_inputs: Any) -
   program = programs.trace_of(apply_fn, params, inputs)
   inputs, program, other, batched = _with_batch(apply_fn, params, inputs, program)
   values = programs.evaluate(program, jax.tree.leaves(params), jax.tree.leaves(inputs))
-  names = list(masks_lib.leaves_by_name(params))
+  names = list(trees.leaves_by_name(params))
   plan = Plan(program, values, other)
   store = _Store(plan, names)
   steps = tuple(_step(plan, number, store) for number in plan.executed)
@@ -102,7 +102,7 @@ def _arrays(params):
   """The parameters as arrays, if all of them are finite numbers."""
 
   def checked(path, leaf):
-    name = masks_lib.path_name(path)
+    name = trees.path_name(path)
     try:
       array = jnp.asarray(leaf)
     except (TypeError, ValueError) as error:
@@ -114,7 +114,7 @@ def _arrays(params):
       )
     return array
 
-  return masks_lib.map_with_path(checked, params)
+  return trees.map_with_path(checked, params)
 
 
 def _with_batch(apply_fn, params, inputs, program):

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import arguments
+from sparsejax import arguments, trees
 from sparsejax import masks as masks_lib
 from sparsejax.deploy import files, final
 from sparsejax.deploy.compaction import compact
 from sparsejax.deploy.comparison_report import Report, Variant
 from sparsejax.deploy.runtime import timing
 from sparsejax.deploy.translation import to_numpy
-from sparsejax.masks import PyTree
+from sparsejax.trees import PyTree
 
 # How many inputs are computed together where time does not count.
 _CHUNK = 1000
@@ -131,7 +131,7 @@ def _forms(apply_fn, params, masks, compacted):
   compaction, small = compacted.report, compacted.params
   kept = sum(int(masks_lib.count_kept(mask)) for mask in jax.tree.leaves(masks))
   dense_flops = {row.name: row.dense_flops or 0 for row in compaction.rows}
-  flops = _active_flops(dense_flops, masks_lib.leaves_by_name(params))
+  flops = _active_flops(dense_flops, trees.leaves_by_name(params))
   nonzero = sum(int(np.count_nonzero(array)) for array in small.values())
   small_flops = _active_flops(compaction.array_flops, small)
   of_dense = compaction.parameters, compaction.dense_flops

@@ -18,8 +18,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from sparsejax import masks as masks_lib
-from sparsejax.masks import PyTree
+from sparsejax import trees
+from sparsejax.trees import PyTree
 
 FORMAT = "sparsejax"
 VERSION = "1"
@@ -71,8 +71,8 @@ def save(
   if path.exists() and not overwrite:
     raise FileExistsError(f"{path} exists already: pass overwrite=True to replace it.")
   tensors, leaves = {}, {}
-  for key_path, leaf in masks_lib.leaves_with_path(params):
-    name = masks_lib.path_name(key_path)
+  for key_path, leaf in trees.leaves_with_path(params):
+    name = trees.path_name(key_path)
     array = _converted(name, leaf, dtype)
     parts = _smallest(array)
     record = {"form": _form(parts), "dtype": _NAMES[array.dtype], "shape": list(array.shape)}
@@ -139,8 +139,8 @@ def load(path: str | os.PathLike, *, like: PyTree | None = None) -> PyTree:
   if tensors:
     raise ValueError(f"{path} is damaged: nothing is known of {sorted(tensors)[0]!r} in it.")
   if like is not None:
-    masks_lib.check_same_shapes(found, masks_lib.leaves_by_name(like), str(path), "the tree")
-    return masks_lib.map_with_path(lambda p, _: found[masks_lib.path_name(p)], like)
+    trees.check_same_shapes(found, trees.leaves_by_name(like), str(path), "the tree")
+    return trees.map_with_path(lambda p, _: found[trees.path_name(p)], like)
   if list(keys.values()) == [[""]]:
     return found[""]
   tree = {}
@@ -160,7 +160,7 @@ def load(path: str | os.PathLike, *, like: PyTree | None = None) -> PyTree:
 
 def dense(params: PyTree) -> bytes:
   """A safetensors file of the same weights with their zeros, to compare with."""
-  leaves = masks_lib.leaves_by_name(params)
+  leaves = trees.leaves_by_name(params)
   return _safetensors().numpy.save({name: _in_order(leaf) for name, leaf in leaves.items()})
 
 

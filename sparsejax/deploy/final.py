@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import masks as masks_lib
-from sparsejax import state
-from sparsejax.masks import PyTree
+from sparsejax import state, trees
+from sparsejax.trees import PyTree
 
 
 def finalize(params: PyTree, opt_state: PyTree) -> PyTree:
@@ -45,9 +45,9 @@ def check(params: PyTree, masks: PyTree) -> None:
     masks: a full boolean tree like them.
   """
   masks_lib.check_boolean(masks)
-  masks_lib.check_same_structure(masks, params, "the masks", "the parameters")
-  masks = masks_lib.leaves_by_name(masks)
-  for name, leaf in masks_lib.leaves_by_name(params).items():
+  trees.check_same_structure(masks, params, "the masks", "the parameters")
+  masks = trees.leaves_by_name(masks)
+  for name, leaf in trees.leaves_by_name(params).items():
     mask = masks[name]
     pruned, left, nan = jax.device_get(
       (

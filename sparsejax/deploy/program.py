@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from sparsejax.masks import PyTree
+from sparsejax.trees import PyTree
 
 Shape = tuple[int, ...]
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from sparsejax import masks as masks_lib
+from sparsejax import trees
 from sparsejax.deploy import program as programs
 from sparsejax.deploy.layers import Layers, ways_to_compute
 from sparsejax.deploy.operations import WRITTEN_OUT, Function, broadcast, function_of
@@ -19,7 +19,7 @@ from sparsejax.deploy.program import Equation, Program, Shape
 from sparsejax.deploy.runtime import timing
 from sparsejax.deploy.runtime.affine import joined
 from sparsejax.deploy.runtime.threads import in_parts
-from sparsejax.masks import PyTree
+from sparsejax.trees import PyTree
 
 
 class Translated:
@@ -110,7 +110,7 @@ def to_numpy(
   """
   inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
   inputs = jax.tree.map(np.asarray, inputs)
-  for name, leaf in masks_lib.leaves_by_name(params).items():
+  for name, leaf in trees.leaves_by_name(params).items():
     if np.isnan(leaf).any():
       raise ValueError(f"{name!r} holds NaN.")
 
