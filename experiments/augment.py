@@ -165,6 +165,9 @@ class Options:
   out: pathlib.Path = pathlib.Path("experiments/results/augmentations.png")
   """The PNG to write."""
 
+  def __post_init__(self):
+    commands.check_fields(self, {"out": (self.out.suffix == ".png", "a file that ends in .png")})
+
 
 def draw_sheet(dataset: Dataset, *, rows: int = 6, draws: int = 4, zoom: int = 2) -> Image.Image:
   """A row for each of the first training images; each step alone, then draws of the pipelines."""
@@ -201,8 +204,8 @@ def draw_sheet(dataset: Dataset, *, rows: int = 6, draws: int = 4, zoom: int = 2
 def main(args: list[str] | None = None) -> None:
   with commands.errors_as_messages():
     options = tyro.cli(Options, prog="python -m experiments.augment", args=args)
+    commands.check_writable("out", options.out, options.out.parent)
     sheet = draw_sheet(data.load("cifar10", options.data_dir))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(options.out, optimize=True)
     print(f"Wrote {options.out}.")
 

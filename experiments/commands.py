@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import pathlib
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -44,6 +46,19 @@ def check_fields(options: Any, requirements: Mapping[str, tuple[bool, str]]) -> 
   for name, (holds, text) in requirements.items():
     if not holds:
       raise ValueError(f"{name}={getattr(options, name)!r} must be {text}")
+
+
+def check_writable(name: str, path: pathlib.Path, folder: pathlib.Path) -> None:
+  """Raises a ValueError that names an option whose path lies in a folder that cannot be written.
+
+  For what is written at the end of a command, before it begins.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as error:
+    raise ValueError(f"{name}={path} cannot be written: {error}") from error
 
 
 def to_markdown(rows: Sequence[dict[str, str]]) -> str:

@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import pathlib
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -116,16 +115,17 @@ _TARGETS_OF = {
 }
 
 
-def make_report(options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Restores a run, and measures its network.
+def make_report(
+  options: Options, run: Run, result: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Restores a finished run, and measures its network.
 
   Returns:
     What goes into the JSON, and the variables of the network.
 
   Raises:
-    ValueError: if the run is not finished, or is of no use here; it says why.
+    ValueError: if the run is of no use here; it says why.
   """
-  run, result = _read_run(options)
   dataset = data.load(run.recipe.data, options.data_dir)
   if isinstance(dataset, imagenet.Imagenet):
     raise ValueError(f"{options.run} is of {run.recipe.data}, which does not fit into memory")
@@ -174,7 +174,7 @@ def _read_run(options: Options) -> tuple[Run, dict[str, Any]]:
       raise ValueError(f"{options.run} has no {name}: it is not the folder of a finished run")
   config = records.read_json(options.run / "config.json")
   run = Run(from_config(config), config["recipe"], config["seed"], out=options.run)
-  return run, records.read_json(options.run / "result.json")
+  return run, records.read_result(options.run / "result.json")
 
 
 def _changes(run: Run) -> list[str]:
@@ -274,16 +274,6 @@ def _times(shape: Sequence[int]) -> str:
   return "x".join(map(str, shape)) or "one number"
 
 
-def _check_writable(name: str, path: pathlib.Path, folder: pathlib.Path) -> None:
-  """Raises a ValueError that names an option whose path lies in a folder that cannot be written."""
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-      pass
-  except OSError as error:
-    raise ValueError(f"{name}={path} cannot be written: {error}") from error
-
-
 def _plot(path: pathlib.Path, record: dict[str, Any], variables: dict[str, Any]) -> None:
   kernels = {
     jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
@@ -302,11 +292,11 @@ def main(args: list[str] | None = None) -> None:
   with commands.errors_as_messages():
     options = tyro.cli(Options, prog="python -m experiments.deploy", args=args)
     out = options.out or options.run
-    # Before anything is measured.
-    _check_writable("out", out, out)
+    run, result = _read_run(options)
+    commands.check_writable("out", out, out)
     if options.weights:
-      _check_writable("weights", options.weights, options.weights.parent)
-    record, variables = make_report(options)
+      commands.check_writable("weights", options.weights, options.weights.parent)
+    record, variables = make_report(options, run, result)
     record = json.loads(records.to_json(record))  # As it is read again.
     text = to_markdown(record)
     records.replace_file(out / "deploy.json", records.to_json(record))

@@ -234,7 +234,7 @@ def train_lanes(
     results = {}
     for lane, (place, run) in enumerate(grid.items()):
       if (path := run.folder / "result.json").exists():
-        results[place] = records.read_json(path)
+        results[place] = records.read_result(path)
         continue
       config = records.to_json(train_lib.make_config(run))
       records.replace_file(run.folder / "config.json", config)

@@ -22,6 +22,20 @@ from experiments.recipe import Dynamic, Recipe
 PACKAGES = ("sparsejax", "jax", "jaxlib", "flax", "optax", "numpy")
 # Sparse products are theirs, if they are installed.
 OPTIONAL_PACKAGES = ("scipy", "numba")
+# What everything that reads results makes use of.
+_IN_RESULTS = (
+  "config",
+  "test_accuracy",
+  "best_test_accuracy",
+  "pool",
+  "pruned",
+  "sparsity",
+  "collapsed_in_epoch",
+  "layers",
+  "seconds",
+  "device",
+  "commit",
+)
 
 
 @contextlib.contextmanager
@@ -45,7 +59,7 @@ def open_folder(folder: pathlib.Path, config: dict[str, Any]) -> Iterator[None]:
     if (path := folder / "config.json").exists():
       check_config(folder, read_json(path), config)
     elif (path := folder / "result.json").exists():
-      check_config(folder, read_json(path).get("config", {}), config)
+      check_config(folder, read_result(path)["config"], config)
     elif (folder / "checkpoints").exists():
       raise ValueError(
         f"out={folder} has checkpoints, but no config.json that says of what: choose another"
@@ -218,10 +232,18 @@ def _processor() -> str:
   return found[1] if found else platform.processor() or platform.machine()
 
 
+def read_result(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a `result.json`; a ValueError names it if it is none."""
+  result = read_json(path)
+  if missing := [key for key in _IN_RESULTS if key not in result]:
+    raise ValueError(f"{path} is damaged, remove it: it holds no {', no '.join(missing)}")
+  return result
+
+
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Reads a file that holds one object; a ValueError names it if it does not."""
   try:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
   except (ValueError, OSError) as error:
     raise ValueError(f"{path} is damaged, remove it: {error}") from error
   if not isinstance(content, dict):
@@ -236,5 +258,5 @@ def to_json(content: dict[str, Any]) -> str:
 def replace_file(path: pathlib.Path, text: str) -> None:
   """Writes a file as a whole, in place of the one before."""
   temporary = path.with_name(path.name + ".new")
-  temporary.write_text(text)
+  temporary.write_text(text, encoding="utf-8")
   temporary.replace(path)

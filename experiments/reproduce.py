@@ -52,7 +52,7 @@ class Options:
   device: Literal["any", "cpu", "gpu", "tpu"] = "any"
   """What to train on; it is an error if there is none."""
   deterministic: bool = False
-  """Whether a GPU has to give the same bits each time, which is slower. A CPU always does."""
+  """Whether a GPU has to give the same bits each time, which is slower."""
 
   def __post_init__(self):
     if not self.time_limit > 0:
@@ -77,7 +77,7 @@ def reproduce(options: Options) -> tuple[str, list[str]]:
   """
   table = TABLES[options.table]
   deadline = time.perf_counter() + options.time_limit
-  options.results.mkdir(parents=True, exist_ok=True)
+  commands.check_writable("results", options.results, options.results)
   failures = _train_missing(options, table, deadline) if options.train else []
   text = make_table(options.table, options.results)
   records.replace_file(options.results / f"{options.table}.md", text)
@@ -118,7 +118,10 @@ def _train_missing(options: Options, table: Table, deadline: float) -> list[str]
         if len(runs) == 1:
           results = [train_lib.train(dataclasses.replace(runs[0], time_limit=left))]
         else:
-          results = lanes.train_lanes(runs, folder, left) or []
+          results = lanes.train_lanes(runs, folder, left)
+          if results is None:
+            print("\nStopped at the time limit: the same command resumes.")
+            continue
         for run, result in zip(runs, results):
           path = _path(options.results, run.folder.parent.name, run.seed)
           if result is not None and not path.exists():
@@ -202,9 +205,9 @@ def _read_results(table: Table, folder: pathlib.Path) -> dict[Row, dict[int, dic
   for row, found in results.items():
     for seed in table.seeds:
       if (path := _path(folder, row.name, seed)).exists():
-        result = records.read_json(path)
+        result = records.read_result(path)
         config = {"recipe": row.recipe, "seed": seed, **dataclasses.asdict(of_row(row))}
-        records.check_config(path, result.get("config", {}), config)
+        records.check_config(path, result["config"], config)
         found[seed] = result | (result["cycles"][row.cycle - 1] if row.cycle else {})
   return results
 

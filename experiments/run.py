@@ -32,7 +32,7 @@ class Run:
   device: Literal["any", "cpu", "gpu", "tpu"] = "any"
   """What to train on; it is an error if there is none."""
   deterministic: bool = False
-  """Whether a GPU has to give the same bits each time, which is slower. A CPU always does."""
+  """Whether a GPU has to give the same bits each time, which is slower."""
   workers: int = 0
   """Processes that decode streamed images; 0: threads of this process do. They change no result."""
   smoke: bool = False

@@ -53,7 +53,7 @@ class Sweep:
   device: Literal["any", "cpu", "gpu", "tpu"] = "any"
   """What to train on; it is an error if there is none."""
   deterministic: bool = False
-  """Whether a GPU has to give the same bits each time, which is slower. A CPU always does."""
+  """Whether a GPU has to give the same bits each time, which is slower."""
 
   def __post_init__(self):
     commands.check_fields(
@@ -176,7 +176,7 @@ def _read_result(run: Run) -> dict[str, Any] | None:
   path = run.folder / "result.json"
   if not path.exists():
     return None
-  result = records.read_json(path)
+  result = records.read_result(path)
   records.check_config(run.folder, result["config"], train_lib.make_config(run))
   return result
 

@@ -4,8 +4,8 @@
 
 Writes to the run's folder: `metrics.jsonl`, a line per epoch; checkpoints; and at the end
 `result.json`, `summary.txt` and `plot.png`. The same command run again resumes at the last
-checkpoint, on this machine or on another, with bit-identical results on a CPU, and on a GPU with
---deterministic.
+checkpoint, on this machine or on another, with bit-identical results on CPUs of one kind with as
+many cores, and on a GPU with --deterministic.
 
 Several processes train one run together with --distributed:
 
@@ -76,7 +76,7 @@ def train(run: Run) -> dict[str, Any] | None:
     distributed.from_first(lambda: stack.enter_context(records.open_folder(run.folder, config)))
     stack.enter_context(jax.default_device(device))
     path = run.folder / "result.json"
-    result = distributed.from_first(lambda: records.read_json(path) if path.exists() else None)
+    result = distributed.from_first(lambda: records.read_result(path) if path.exists() else None)
     if result is not None:
       _say(f"This run is finished.\n{records.describe_result(recipe, result)}")
       return result
@@ -150,7 +150,7 @@ def finish(
   }
 
   def write():
-    (run.folder / "summary.txt").write_text(f"{summary}\n")
+    records.replace_file(run.folder / "summary.txt", f"{summary}\n")
     title = f"{run.name}, seed {run.seed}: {result['test_accuracy']:.2f} % test accuracy"
     plots.plot_run(run.folder / "plot.png", title, metrics, summary)
     # Last of all: with it a run is finished.

@@ -248,13 +248,14 @@ def _on_cpu() -> bool:
 def main(args: list[str] | None = None) -> None:
   with commands.errors_as_messages():
     options = tyro.cli(Options, prog="python -m experiments.benchmark", args=args)
-    record = measure(options)
     out = options.out or (RESULTS if options.what == "all" else None)
+    if out is not None:
+      commands.check_writable("out", out, out)
+    record = measure(options)
     if out is None:
       print("\n\n".join(report.sections(record)))
       return
     text = report.to_markdown(record)
-    out.mkdir(parents=True, exist_ok=True)
     name = "benchmark" if options.what == "all" else options.what
     records.replace_file(out / f"{name}.json", records.to_json(record))
     records.replace_file(out / f"{name}.md", text)

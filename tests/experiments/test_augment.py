@@ -2,6 +2,7 @@ import colorsys
 import dataclasses
 import functools
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -601,6 +602,15 @@ def test_fields_are_options_of_the_command_line(capsys):
   with pytest.raises(SystemExit):
     tyro.cli(augment.Augmentation, args=["--help"])
   assert "Half of the images are mirrored" in capsys.readouterr().out
+
+
+def test_a_sheet_that_cannot_be_written_is_an_error_before_it_is_drawn(tmp_path, monkeypatch):
+  monkeypatch.setattr(augment, "draw_sheet", None)
+  (tmp_path / "file").touch()
+  with pytest.raises(SystemExit, match=r"out=.*a\.png cannot be written"):
+    augment.main(["--out", str(tmp_path / "file" / "a.png")])
+  with pytest.raises(ValueError, match=r"out=.*'sheet'\) must be a file that ends in \.png"):
+    augment.Options(out=pathlib.Path("sheet"))
 
 
 def test_the_command_draws_originals_then_steps_then_pipelines(

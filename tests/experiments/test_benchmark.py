@@ -364,6 +364,15 @@ def test_recipes_that_cannot_be_measured_are_an_error(what, recipe, fits):
       command.Options(what, recipes=(recipe,))
 
 
+def test_a_report_that_cannot_be_written_is_an_error_before_anything_is_measured(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(command, "measure", None)
+  (tmp_path / "file").touch()
+  with pytest.raises(SystemExit, match=f"error: out={tmp_path}/file cannot be written: "):
+    command.main(["selection", "--out", str(tmp_path / "file")])
+
+
 def test_inference_is_timed_in_all_ways_and_goes_into_files_of_its_name(tmp_path, monkeypatch):
   monkeypatch.setattr(inference, "NETWORKS", {"tiny": (40, 30, 10)})
   monkeypatch.setattr(inference, "_TURN", 0.0)

@@ -95,7 +95,9 @@ def test_a_config_of_another_version_is_an_error():
 
 
 def test_what_is_no_finished_run_is_an_error_that_says_so(folder, tmp_path):
-  assert "has no config.json: it is not the folder of a finished run" in error_of(tmp_path)
+  for empty in (tmp_path, tmp_path / "nowhere"):
+    assert "has no config.json: it is not the folder of a finished run" in error_of(empty)
+  assert list(tmp_path.iterdir()) == []
   for name in ("config.json", "result.json"):
     shutil.copy(folder / name, tmp_path)
   assert "has no checkpoints" in error_of(tmp_path)

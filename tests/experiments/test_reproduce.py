@@ -17,6 +17,8 @@ def result(name, seed, accuracy, collapsed=None, best=None):
     "pool": 100,
     "sparsity": 0.78,
     "cycles": [],
+    "layers": [],
+    "commit": None,
     "collapsed_in_epoch": collapsed,
     "device": "cpu",
     "seconds": {"compile": 1.0, "train": 61.5},
@@ -140,6 +142,14 @@ def test_runs_side_by_side_go_on_together_however_their_folder_is_called(tmp_pat
   assert begun[2][0] == [(s, 456) for s in (0.5, 0.8, 0.9, 0.95)]
 
 
+def test_runs_side_by_side_that_stop_at_the_time_limit_say_so(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(reproduce.lanes, "train_lanes", lambda runs, folder, time_limit: None)
+  options = reproduce.Options("criteria", ("lenet300-mnist-e20-static",), results=tmp_path)
+  table, _ = reproduce.reproduce(options)
+  assert "Stopped at the time limit: the same command resumes." in capsys.readouterr().out
+  assert "| `lenet300-mnist-e20-static-50` | - | 1 | 20 | not run |" in table
+
+
 def test_a_run_that_stops_at_the_time_limit_is_not_a_result(folder, monkeypatch):
   limits = []
 
@@ -165,11 +175,20 @@ def test_a_result_of_another_recipe_is_an_error_that_names_the_field(folder):
   path.write_text(json.dumps(of_another))
   with pytest.raises(ValueError, match=r"98-seed42\.json holds a run with width=0\.125"):
     reproduce.reproduce(reproduce.Options("lenet-mnist", results=folder, train=False))
-  path.write_text("{}")
-  with pytest.raises(ValueError, match=r"98-seed42\.json holds a run with "):
-    reproduce.reproduce(reproduce.Options("lenet-mnist", results=folder, train=False))
-  path.write_text("{")
-  with pytest.raises(ValueError, match=r"98-seed42\.json is damaged"):
+
+
+@pytest.mark.parametrize(
+  ("content", "said"),
+  [
+    ("{", "Expecting"),
+    ("{}", "it holds no config, no"),
+    ('{"config": {}}', "it holds no test_acc"),
+  ],
+)
+def test_a_result_that_is_none_is_an_error_that_names_it(folder, content, said):
+  path = folder / "runs/lenet300-mnist-98-seed42.json"
+  path.write_text(content)
+  with pytest.raises(ValueError, match=rf"98-seed42\.json is damaged, remove it: {said}"):
     reproduce.reproduce(reproduce.Options("lenet-mnist", results=folder, train=False))
 
 
@@ -262,10 +281,21 @@ def test_what_is_not_of_the_table_is_an_error(options, said):
     reproduce.Options("lenet-mnist", **options)
 
 
-def test_what_the_system_refuses_is_a_message(tmp_path):
+def test_what_the_system_refuses_is_a_message(tmp_path, monkeypatch):
+  monkeypatch.setattr(reproduce, "_train_missing", None)  # Before anything is trained.
   (tmp_path / "file").touch()
-  with pytest.raises(SystemExit, match=r"error: .*file"):
-    reproduce.main(["lenet-mnist", "--no-train", "--results", str(tmp_path / "file" / "results")])
+  results = tmp_path / "file" / "results"
+  with pytest.raises(SystemExit, match=f"error: results={results} cannot be written: "):
+    reproduce.main(["lenet-mnist", "--results", str(results)])
+
+
+def test_a_table_is_written_where_the_locale_knows_no_unicode(folder, monkeypatch):
+  write = pathlib.Path.write_text
+  monkeypatch.setattr(
+    pathlib.Path, "write_text", lambda path, text, encoding="ascii": write(path, text, encoding)
+  )
+  reproduce.reproduce(reproduce.Options("lenet-mnist", results=folder, train=False))
+  assert "69.00 ± 51.10" in (folder / "lenet-mnist.md").read_text("utf-8")
 
 
 def test_the_committed_results_are_of_the_recipes_as_they_stand():

@@ -67,6 +67,8 @@ def trained(monkeypatch):
         "collapsed_in_epoch": 1 if run.seed == 3 else None,
         "seconds": {"train": 2.0, "compile": 0.5},
         "device": "cpu",
+        "layers": [],
+        "commit": None,
         "lanes": len(runs),
       }
       (run.folder / "result.json").write_text(json.dumps(result))

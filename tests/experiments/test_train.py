@@ -373,8 +373,16 @@ def test_checkpoints_without_a_config_are_left_alone(tiny, tiny_runs, tmp_path):
     train.train(run)
 
 
-@pytest.mark.parametrize("name", ["config.json", "result.json"])
-@pytest.mark.parametrize("content", ['{"seed":', "[1]"])
+@pytest.mark.parametrize(
+  ("name", "content"),
+  [
+    ("config.json", '{"seed":'),
+    ("config.json", "[1]"),
+    ("result.json", '{"seed":'),
+    ("result.json", "[1]"),
+    ("result.json", '{"config": {}}'),
+  ],
+)
 def test_a_damaged_file_in_a_folder_is_named(tiny, tmp_path, name, content):
   (tmp_path / name).write_text(content)
   with pytest.raises(ValueError, match=f"{name} is damaged, remove it"):
