@@ -43,12 +43,14 @@ def granet(
     inner: the optimizer.
     sparsity: the final sparsity, as in `sparsejax.dynamic_sparse_training`.
     initial: the sparsity at the start: 0 is dense-to-sparse, and 0.5 the authors' sparse-to-sparse.
-    steps: length of the ramp of sparsity, in calls of `update`.
+    steps: length of the ramp of sparsity, in calls of `update`. Masks have the final sparsity from
+      the first change at `begin + steps` or later on: see `end`.
     every: calls from one change of the masks to the next.
     fraction: of the active weights, how much is regenerated; the authors let it fall from 0.5 to
       0.005 along a cosine over the training, `optax.cosine_decay_schedule(0.5, calls, 0.01)`.
     begin: the call at which the ramp begins.
-    end: the call at which masks change last. Without it they go on changing.
+    end: the call at which masks change last, on the grid or off it. Without it they go on changing,
+      on the grid alone.
     allocation: how the sparsity at the start is shared out among layers.
     ramp_allocation: how that of the ramp is.
     masks: the masks to start with instead.
@@ -262,7 +264,7 @@ def snfs(
     fraction: as in `sparsejax.dynamic_sparse_training`; the authors let it fall from 0.5 to 0.005
       along a cosine over the training, `optax.cosine_decay_schedule(0.5, calls, 0.01)`.
     redistribute: whether what grows is shared out among layers in proportion to the mean momentum
-      of their active weights, or grows where it was dropped.
+      of their active weights, or grows where it was dropped, as it has to with an N:M pattern.
     end: the call at which masks change last. Without it they go on changing.
     allocation: how the sparsity is shared out among layers at the start.
     masks: the masks to start with instead.

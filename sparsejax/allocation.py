@@ -21,7 +21,6 @@ References:
   <https://arxiv.org/abs/1911.11134>`_, 2020
 """
 
-import difflib
 import math
 import numbers
 import warnings
@@ -110,8 +109,7 @@ def resolve(allocation: Allocation) -> Callable[[Shapes, Density], Any] | None:
   if callable(allocation):
     return allocation
   if not isinstance(allocation, str) or allocation not in _BY_NAME:
-    close = difflib.get_close_matches(str(allocation).lower(), _BY_NAME, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    hint = arguments.did_you_mean(allocation, _BY_NAME)
     raise ValueError(
       f"unknown allocation {allocation!r}{hint}: use one of {sorted(_BY_NAME)}, a function"
       " (shapes, density) -> densities, or a tree of sparsities instead of one sparsity."

@@ -1,6 +1,7 @@
 """Arguments of the public functions, checked before anything is traced; errors show them."""
 
 import dataclasses
+import difflib
 import inspect
 import numbers
 from collections.abc import Callable, Iterable
@@ -91,8 +92,10 @@ def check_integer(name: str, value: Any, at_least: int) -> int:
 def check_key(key: Any) -> None:
   """Raises a ValueError if this is no random key."""
   is_array = isinstance(key, (jax.Array, np.ndarray))
+  is_new = is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
   # Old ones are vectors of numbers.
-  if not is_array or np.ndim(key) != (not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+  is_old = is_array and key.dtype == np.uint32
+  if not (is_new or is_old) or np.ndim(key) != is_old:
     raise ValueError(f"key must be one random key, got {key!r}: pass jax.random.key(seed).")
 
 
@@ -100,6 +103,12 @@ def check_callable(name: str, value: Any) -> None:
   """Raises a ValueError if this is no function."""
   if not callable(value):
     raise ValueError(f"{name} must be a function, got {value!r}.")
+
+
+def did_you_mean(value: Any, known: Iterable[str]) -> str:
+  """What to add to a message that a value is none of those known: the nearest, if one is near."""
+  close = difflib.get_close_matches(str(value).lower(), known, n=1)
+  return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def check_sparsity(name: str, sparsity: PyTree, *, may_be_chosen: bool = False) -> PyTree:

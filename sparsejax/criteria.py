@@ -14,7 +14,6 @@ References:
   <https://arxiv.org/abs/2306.12230>`_, 2023
 """
 
-import difflib
 import functools
 import numbers
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax import counts, selection
+from sparsejax import arguments, counts, selection
 from sparsejax.patterns import SINGLE, Pattern
 
 
@@ -246,8 +245,7 @@ def resolve(criterion: str | Score | Criterion, name: str = "criterion") -> Scor
     return criterion
   if isinstance(criterion, str) and criterion in BY_NAME:
     return BY_NAME[criterion]
-  close = difflib.get_close_matches(str(criterion).lower(), BY_NAME, n=1)
-  hint = f" (did you mean {close[0]!r}?)" if close else ""
+  hint = arguments.did_you_mean(criterion, BY_NAME)
   raise ValueError(
     f"unknown {name} {criterion!r}{hint}: use one of {sorted(BY_NAME)}, a function of a Leaf, or a"
     " Criterion."

@@ -89,7 +89,8 @@ def dynamic_sparse_training(
       "global", those of largest magnitude are active.
     masks: the masks to start with instead, a full boolean tree, such as
       `sparsejax.masks_from_scores` makes. Without a ramp, the sparsity has to be None then.
-    ramp: a schedule from 0 to 1, from the number of the call. Nothing returns where it falls.
+    ramp: a schedule from 0 to 1, from the number of the call. Nothing returns where it falls. Its
+      last value needs a change of the masks at or after it, such as that at `end`.
     initial: the sparsity at the start of the ramp. Without a ramp training starts at `sparsity`.
     ramp_allocation: how the sparsity of the ramp is shared out, as in
       `sparsejax.gradual_pruning`.

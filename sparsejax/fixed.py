@@ -1,5 +1,7 @@
 """Masks that never change."""
 
+import functools
+
 import jax.numpy as jnp
 import optax
 
@@ -43,14 +45,10 @@ def fixed_masks(masks: PyTree, *, pack: bool = False) -> optax.GradientTransform
     is_float = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
     return is_float and not trees.lies_in(trees.path_name(path), unmasked)
 
-  def initial_masks(params, pool):
-    start.check_all_true(masks, params, besides=trees.leaves_by_name(pool))
-    return masks_lib.by_name(masks, params, pool)
-
   return transform.masked_updates(
     lambda call: call.masks,
     due=lambda count: False,
-    initial_masks=initial_masks,
+    initial_masks=functools.partial(start.given_masks, masks),
     pack=pack,
     prunable=is_masked,
   )

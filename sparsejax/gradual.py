@@ -45,8 +45,9 @@ def progressive_pruning(
 
   by pruning the active weights of lowest score, by default of smallest magnitude, as many as it
   takes. With one change an epoch, epoch e of E trains at :math:`s_0 + (s - s_0)(e + 1)/E`, as
-  published. The number of pruned weights is exactly :math:`N - \mathrm{round}((1 - s) N)`, computed
-  in float64 from Python floats, or exactly for the float32 value of a traced sparsity.
+  published. The number of pruned weights is exactly :math:`N - \mathrm{round}((1 - s) N)`, of all
+  or, if the allocation is not global, of each leaf with its share: computed in float64 from Python
+  floats, or exactly for the float32 value of a traced sparsity.
 
   Args:
     sparsity: the final sparsity, in [0, 1): a float, a traced scalar, a `sparsejax.OneOf`, or a
@@ -343,7 +344,7 @@ def _prune_lowest(
       if not sparsities.is_scalar(sparsity):
         names = trees.leaves_by_name(pool)
         for name, value in zip(names, sparsities.for_leaves(sparsity, pool)):
-          arguments.check_rise(initial, value, f"the sparsity of {name!r}")
+          arguments.check_rise(initial, value, f"the sparsity of {trees.quoted(name)}")
     return state
 
   return optax.GradientTransformationExtraArgs(init_fn, pruning.update)

@@ -110,7 +110,7 @@ def iterative_pruning(
     >>> import jax.numpy as jnp, sparsejax
     >>> from sparsejax import lottery
     >>> def train(ticket):  # A training that doubles all active weights, in 100 steps.
-    ...   return {100: sparsejax.apply_masks({"kernel": 2 * params["kernel"]}, ticket.masks)}
+    ...   return {100: {"kernel": 2 * ticket.params["kernel"]}}
     >>> params = {"kernel": jnp.arange(1., 13.).reshape(3, 4)}
     >>> for finished in lottery.iterative_pruning(train, params, rounds=3, rate=0.5):
     ...   print(finished.index, f"{sparsejax.sparsity(finished.masks):.0%}")

@@ -23,10 +23,10 @@ Prunable = Callable[[KeyPath, Any], bool]
 def is_kernel(path: KeyPath, leaf: Any) -> bool:
   """Whether a leaf is a kernel: of rank 2 or more, as are those of dense and convolution layers.
 
-  Biases and the parameters of normalisation layers are not. This is the default `prunable`.
+  What is called "bias" or "scale" is none, whatever its rank: in Flax biases of attention have an
+  axis of heads, and `nn.scan` gives each parameter one of layers. This is the default `prunable`.
   """
-  del path
-  return np.ndim(leaf) >= 2
+  return np.ndim(leaf) >= 2 and trees.path_name(path[-1:]) not in ("bias", "scale")
 
 
 def apply_masks(tree: PyTree, masks: PyTree) -> PyTree:
@@ -136,8 +136,8 @@ def check_boolean(masks: PyTree) -> None:
   for name, mask in trees.leaves_by_name(masks).items():
     if jnp.result_type(mask) != jnp.bool_:
       raise ValueError(
-        f"masks must be boolean, but {name!r} has dtype {jnp.result_type(mask)}: compare it, as in"
-        " mask != 0."
+        f"masks must be boolean, but {trees.quoted(name)} has dtype {jnp.result_type(mask)}:"
+        " compare it, as in mask != 0."
       )
 
 
@@ -155,27 +155,23 @@ def select_prunable(tree: PyTree, prunable: Prunable) -> PyTree:
 
 def check_prunable(params: PyTree, masks: PyTree) -> None:
   """Raises a ValueError if nothing can be pruned, or something that the masks are of cannot."""
-
-  def named(tree):
-    leaves = trees.leaves_with_path(tree)
-    return [(repr(trees.path_name(path)) if path else "the array", x) for path, x in leaves]
-
-  if (leaves := named(params)) and not jax.tree.leaves(masks):
-    listed = [f"{name} of shape {list(np.shape(x))}" for name, x in leaves]
+  if (leaves := trees.leaves_by_name(params)) and not jax.tree.leaves(masks):
+    listed = [f"{trees.quoted(name)} of shape {list(np.shape(x))}" for name, x in leaves.items()]
     raise ValueError(
       f"there is nothing to prune: `prunable` is False for each of {', '.join(listed[:5])}"
       f"{', ...' if len(listed) > 5 else ''}."
     )
   pool = trees.pick(masks, params, "the masks", "the parameters")
-  for name, p in named(pool):
+  for name, p in trees.leaves_by_name(pool).items():
     if p.dtype not in ordinals.FLOATS:
       raise ValueError(
-        f"{name} has dtype {p.dtype}, but only weights of {', '.join(map(str, ordinals.FLOATS))}"
-        " can be pruned: exclude it by `prunable`."
+        f"{trees.quoted(name)} has dtype {p.dtype}, but only weights of"
+        f" {', '.join(map(str, ordinals.FLOATS))} can be pruned: exclude it by `prunable`."
       )
     if p.size >= 2**32:
       raise ValueError(
-        f"{name} has {p.size} weights, but a leaf must have fewer than 2**32: split it."
+        f"{trees.quoted(name)} has {p.size} weights, but a leaf must have fewer than 2**32: split"
+        " it."
       )
 
 
@@ -206,8 +202,8 @@ def warn_of_emptied(masks: PyTree, stacklevel: int) -> None:
   alive = jax.device_get({name: jnp.any(m) for name, m in leaves.items()})
   if emptied := [name for name, is_alive in alive.items() if not is_alive]:
     warnings.warn(
-      f"no weight is left in {', '.join(map(repr, emptied))}: nothing passes through such a layer."
-      " Prune less, or give each layer its share by `allocation`.",
+      f"no weight is left in {', '.join(map(trees.quoted, emptied))}: nothing passes through such a"
+      " layer. Prune less, or give each layer its share by `allocation`.",
       stacklevel=stacklevel + 1,
     )
 

@@ -53,12 +53,12 @@ def unpack(masks: PyTree, params: PyTree) -> PyTree:
       return mask
     name = trees.path_name(path)
     if name not in weights:
-      raise ValueError(f"the masks have {name!r}, but the parameters have not.")
+      raise ValueError(f"the masks have {trees.quoted(name)}, but the parameters have not.")
     shape = np.shape(weights[name])
     if not shape or mask.shape != (*shape[:-1], -(-shape[-1] // 8)):
       raise ValueError(
-        f"{name!r} has shape {shape} in the parameters, but its packed mask has {mask.shape}, with"
-        " eight weights of the last axis to a byte."
+        f"{trees.quoted(name)} has shape {shape} in the parameters, but its packed mask has"
+        f" {mask.shape}, with eight weights of the last axis to a byte."
       )
     return _sharded_like(weights[name], _unpack(mask)[..., : shape[-1]])
 

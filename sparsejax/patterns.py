@@ -97,7 +97,9 @@ class NM(Pattern):
   Attributes:
     n: how many stay.
     m: of so many.
-    axis: along which they lie, by default that of the inputs of a layer, over which it sums.
+    axis: along which they lie, by default the last but one: that of the inputs of dense layers and
+      convolutions, over which these sum. A kernel that is split into heads, such as those of the
+      queries, keys and values of attention in Flax, has the heads there, and its inputs first.
 
   Raises:
     ValueError: if not 1 <= n < m, or if one of them is no integer.
@@ -227,6 +229,7 @@ class Blocks(_Tiles):
   def __post_init__(self):
     if not isinstance(self.shape, Sequence):
       raise ValueError(f"the shape of a block must be a tuple, got {self.shape!r}.")
+    object.__setattr__(self, "shape", tuple(self.shape))
     for size in self.shape:
       arguments.check_integer("the shape of a block", size, at_least=1)
 
@@ -286,7 +289,7 @@ def check(masks: PyTree, pattern: Pattern, prunable: Prunable = is_kernel) -> No
   check_fit(pool, pattern)
   for name, mask in pool.items():
     if not pattern.follows(mask):
-      raise ValueError(f"the mask of {name!r} does not have the pattern {pattern}.")
+      raise ValueError(f"the mask of {trees.quoted(name)} does not have the pattern {pattern}.")
 
 
 def check_is_pattern(pattern: Any) -> None:
@@ -303,7 +306,7 @@ def check_fit(pool: PyTree, pattern: Pattern) -> None:
     try:
       pattern.units(np.shape(leaf))
     except ValueError as error:
-      raise ValueError(f"{name!r}: {error} Exclude it by `prunable`.") from error
+      raise ValueError(f"{trees.quoted(name)}: {error} Exclude it by `prunable`.") from error
 
 
 def _axis(shape: tuple[int, ...], axis: int) -> int:

@@ -16,7 +16,7 @@ def check_params(params: PyTree) -> None:
   for name, leaf in trees.leaves_by_name(params).items():
     if jnp.result_type(leaf) not in ordinals.FLOATS:
       raise ValueError(
-        f"parameters must be floating-point arrays, but {name!r} has dtype"
+        f"parameters must be floating-point arrays, but {trees.quoted(name)} has dtype"
         f" {jnp.result_type(leaf)}: leave it out, and let the function close over it."
       )
 
@@ -107,8 +107,9 @@ def check_scores(scores: PyTree, factors: str) -> None:
   for name, value in largest.items():
     if not np.isfinite(value):
       raise ValueError(
-        f"the scores of {name!r} are not finite, although the loss is: look for parameters or"
-        " derivatives that are infinite (such as that of a square root at 0), or use a wider dtype."
+        f"the scores of {trees.quoted(name)} are not finite, although the loss is: look for"
+        " parameters or derivatives that are infinite (such as that of a square root at 0), or use"
+        " a wider dtype."
       )
   if not any(largest.values()):
     raise ValueError(

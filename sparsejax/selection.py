@@ -106,7 +106,7 @@ def _count_of(k: Any, treedef: PyTreeDef) -> Count:
       or (is_array and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer))
     ):
       raise ValueError(f"k must be one integer, or a tree with one for each leaf, got {value!r}.")
-    if not isinstance(value, jax.Array) and value < 0:
+    if not isinstance(value, jax.core.Tracer) and value < 0:
       raise ValueError(f"k must not be negative, got {value!r}: use 0 to select nothing.")
   if not per_leaf:
     return counts.from_ints(np.zeros([0]))
@@ -153,7 +153,7 @@ def select(
   values, offsets = ([each[i] for i in order] for each in (values, offsets))
   active = [None] * len(values) if active is None else [active[i] for i in order]
   k = k if pooled else k[np.array(order)]
-  dtype = jnp.result_type(*(v.dtype for v in values))
+  dtype = functools.reduce(np.promote_types, (v.dtype for v in values))
   key_type = UNSIGNED[dtype.itemsize]
   word_type = np.promote_types(key_type, np.uint32)
   largest = word_type.type(np.iinfo(word_type).max)
@@ -266,7 +266,7 @@ def _samples(arrays: Sequence[jax.Array], pooled: bool) -> jax.Array:
   # A larger sample would save a part of a pass, and take longer to gather.
   number = min(int(np.clip(total // 2048, 128, 2048)), total)
   numbers = [number * x.size / total if pooled else number / len(arrays) for x in arrays]
-  dtype = jnp.result_type(*(x.dtype for x in arrays))
+  dtype = functools.reduce(np.promote_types, (x.dtype for x in arrays))
   found = [_entries(x, math.ceil(n)).astype(dtype) for x, n in zip(arrays, numbers)]
   return jnp.concatenate(found)[None] if pooled else jnp.stack(found)
 

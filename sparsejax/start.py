@@ -1,6 +1,6 @@
 """What sparse training starts with: its sparsity, and masks that are given or drawn."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,9 @@ def check_start(
   if not isinstance(initial, float):
     raise ValueError(f"initial must be a Python number, got {initial!r}.")
   if sparsity is None and (masks is None or ramp is not None):
-    raise ValueError("sparsity=None is that of the masks: pass `masks`, and no ramp.")
+    raise ValueError(
+      "pass a sparsity in [0, 1); or, to take that of given masks, pass `masks`, and no ramp."
+    )
   if sparsity is not None:
     sparsity = arguments.check_sparsity("sparsity", sparsity, may_be_chosen=True)
   if ramp is None:
@@ -84,9 +86,7 @@ def initial_masks(
 
   def start_of(params, pool):
     if is_given:
-      found = masks_lib.by_name(masks, params, pool)
-      check_all_true(masks, params, besides=trees.leaves_by_name(pool))
-      return found
+      return given_masks(masks, params, pool)
     if is_dense:
       return masks_lib.all_true(pool)
     sparsities.check_leaves(sparsity, params, pool)
@@ -134,13 +134,17 @@ def _check_rise(pool: PyTree, at_start: np.ndarray | None, at_end: np.ndarray | 
       )
 
 
-def check_all_true(masks: PyTree, params: PyTree, besides: Container[str]) -> None:
-  """Raises a ValueError if masks are known to prune parameters besides those named."""
-  weights = trees.leaves_by_name(params)
+def given_masks(masks: PyTree, params: PyTree, pool: PyTree) -> PyTree:
+  """The masks of a pool, see `masks.by_name`; a ValueError if others are known to prune."""
+  found = masks_lib.by_name(masks, params, pool)
+  weights, besides = trees.leaves_by_name(params), trees.leaves_by_name(pool)
   for name, mask in trees.leaves_by_name(masks).items():
     if isinstance(mask, jax.core.Tracer) or name in besides or name not in weights:
       continue
     with jax.ensure_compile_time_eval():
       is_all_true = bool(jnp.all(mask))
     if not is_all_true:
-      raise ValueError(f"the masks prune {name!r}, which is not prunable: see `prunable`.")
+      raise ValueError(
+        f"the masks prune {trees.quoted(name)}, which is not prunable: see `prunable`."
+      )
+  return found

@@ -43,7 +43,8 @@ def get_masks(opt_state: PyTree, params: PyTree) -> PyTree:
     leaves that are never pruned. The masks of several transformations are and-ed.
 
   Raises:
-    ValueError: if there are no masks in the state, or none that fit the parameters.
+    ValueError: if there are no masks in the state, or none that fit the parameters, or if two of
+      these have the same name.
 
   Example:
     >>> import jax.numpy as jnp, optax, sparsejax
@@ -52,24 +53,17 @@ def get_masks(opt_state: PyTree, params: PyTree) -> PyTree:
     >>> sparsejax.get_masks(tx.init(params), params)["bias"]
     Array([ True,  True], dtype=bool)
   """
-  given = trees.leaves_with_path(params)
-  # By name where the parameters are in another container, such as a module of Flax NNX.
-  leaves = {trees.path_name(path): leaf for path, leaf in given} | dict(given)
-  found = {}
+  # By name, since the parameters may be in another container, such as a module of Flax NNX.
+  leaves, found = trees.leaves_by_name(params), {}
   for state in _states(opt_state):
-    for path, mask in trees.leaves_with_path(packing.unpack(state.masks, params)):
-      name = trees.path_name(path)
-      key = path if path in leaves else name
-      trees.check_same_shapes(
-        {name: mask},
-        {name: leaves[key]} if key in leaves else {},
-        "the masks",
-        "the parameters",
-      )
-      found.setdefault(key, []).append(mask)
+    masks = trees.leaves_by_name(packing.unpack(state.masks, params))
+    pruned = {name: leaf for name, leaf in leaves.items() if name in masks}
+    trees.check_same_shapes(masks, pruned, "the masks", "the parameters")
+    for name, mask in masks.items():
+      found.setdefault(name, []).append(mask)
 
   def full_mask(path, leaf):
-    masks = found.get(path, []) + found.get(trees.path_name(path), [])
+    masks = found.get(trees.path_name(path), [])
     return functools.reduce(jnp.logical_and, masks, jnp.ones_like(leaf, dtype=bool))
 
   return trees.map_with_path(full_mask, params)

@@ -157,8 +157,8 @@ def masked_updates(
 
   Raises:
     ValueError: if arguments contradict each other; by `init`, if there are leaves and none is
-      prunable, or if a prunable leaf is not floating-point; by `update`, if it gets no parameters,
-      or others than `init` got.
+      prunable, if a prunable leaf is not floating-point, or if two leaves have the same name; by
+      `update`, if it gets no parameters, or others than `init` got.
   """
   if key is not None:
     arguments.check_key(key)
@@ -166,8 +166,10 @@ def masked_updates(
   rule = rule if isinstance(rule, Rule) else Rule((rule,))
   for name, function in (("due", due), ("prunable", prunable)):
     arguments.check_callable(name, function)
-  if not isinstance(rule.stages, Sequence):
-    raise ValueError(f"the stages of a Rule must be a sequence of functions, got {rule.stages!r}.")
+  if not isinstance(rule.stages, Sequence) or not rule.stages:
+    raise ValueError(
+      f"the stages of a Rule must be a sequence of one function or more, got {rule.stages!r}."
+    )
   for stage in rule.stages:
     arguments.check_callable("a stage of the rule", stage)
   inner = None if inner is None else optax.with_extra_args_support(inner)

@@ -51,6 +51,11 @@ def path_name(path: KeyPath) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def quoted(name: str) -> str:
+  """The name of a leaf in a message; a tree that is nothing but one array has none."""
+  return repr(name) if name else "the array"
+
+
 def leaves_by_name(tree: PyTree) -> dict[str, Any]:
   """The leaves of a tree by their names for people; a ValueError if two have the same."""
   leaves = {}
@@ -115,10 +120,11 @@ def check_same_shapes(a: dict[str, Any], b: dict[str, Any], name_a: str, name_b:
   """The same for two sets of leaves by name."""
   for path in a | b:
     if path not in b:
-      raise ValueError(f"{name_a} have {path!r}, but {name_b} have not.")
+      raise ValueError(f"{name_a} have {quoted(path)}, but {name_b} have not.")
     if path not in a:
-      raise ValueError(f"{name_b} have {path!r}, but {name_a} have not.")
+      raise ValueError(f"{name_b} have {quoted(path)}, but {name_a} have not.")
     if np.shape(a[path]) != np.shape(b[path]):
       raise ValueError(
-        f"{path!r} has shape {np.shape(a[path])} in {name_a}, but {np.shape(b[path])} in {name_b}."
+        f"{quoted(path)} has shape {np.shape(a[path])} in {name_a}, but {np.shape(b[path])} in"
+        f" {name_b}."
       )

@@ -247,9 +247,12 @@ def test_a_step_can_be_traced_where_types_are_never_promoted(case):
   params = cases.make_params()
   # The schedules of optax are promoted.
   changes = {"fraction": 0.3} if case.name in ("dynamic", "rigl") else {}
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  mixed = params | {next(iter(params)): half[next(iter(params))]}
   with jax.numpy_dtype_promotion("strict"):
-    link = case.build(params, **changes)
-    jax.jit(link.update).lower(params, link.init(params), params)
+    for weights in (params, mixed):
+      link = case.build(weights, **changes)
+      jax.jit(link.update).lower(weights, link.init(weights), weights)
 
 
 @every_case

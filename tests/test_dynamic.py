@@ -831,7 +831,7 @@ BAD = {
   "unknown drop": (dict(drop="magnitud"), "drop 'magnitud' .did you mean 'magnitude'"),
   "unknown grow": (dict(grow="weight"), "grow 'weight'.* use one of .*'gradient'"),
   "masks with a sparsity": (dict(masks=SOME_MASKS), "pass sparsity=None"),
-  "neither": (dict(sparsity=None), "pass `masks`"),
+  "neither": (dict(sparsity=None), r"pass a sparsity in \[0, 1\); or, .* pass `masks`"),
   "masks with a ramp to nowhere": (
     dict(sparsity=None, masks=SOME_MASKS, ramp=lambda count: 1.0),
     "pass `masks`, and no ramp",

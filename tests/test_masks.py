@@ -3,13 +3,17 @@
 from fractions import Fraction
 
 import compiling
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 import sparsejax
+from sparsejax import masks as masks_lib
+from sparsejax import trees
 
 SPARSITIES = [0.0, 1 / 3, 0.5, 0.729, 0.98]
 
@@ -58,6 +62,35 @@ def assert_full_tree(masks, scores):
 def test_a_kernel_has_two_dimensions_or_more(make):
   verdicts = [sparsejax.is_kernel((), make((2,) * rank)) for rank in range(5)]
   assert verdicts == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize(
+  ("path", "verdict"),
+  [
+    ((DictKey("query"), DictKey("bias")), False),
+    ((GetAttrKey("norm"), GetAttrKey("scale")), False),
+    ((DictKey("scale"), DictKey("kernel")), True),
+    ((DictKey("bias"), SequenceKey(0)), True),
+    ((DictKey("rescale"),), True),
+  ],
+)
+def test_biases_and_scales_are_no_kernels_whatever_their_rank(path, verdict):
+  assert sparsejax.is_kernel(path, jnp.ones((4, 8))) == verdict
+
+
+class _Block(nn.Module):
+  @nn.compact
+  def __call__(self, x, _):
+    return nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x)), None
+
+
+def test_of_layers_of_attention_that_are_scanned_the_kernels_are_pruned():
+  layers = nn.scan(_Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
+  params = jax.eval_shape(layers.init, jax.random.key(0), jnp.ones((1, 5, 8)), None)
+  pruned = masks_lib.select_prunable(params, sparsejax.is_kernel)
+  assert {name.rsplit("/", 1)[1] for name in trees.leaves_by_name(pruned)} == {"kernel"}
+  # Each of three: queries, keys, values and outputs.
+  assert sum(leaf.size for leaf in jax.tree.leaves(pruned)) == 3 * 4 * 8 * 8
 
 
 # apply_masks.

@@ -371,6 +371,10 @@ def test_an_impossible_pattern_is_an_error(make):
     make()
 
 
+def test_the_shape_of_a_block_may_be_a_list():
+  assert Blocks([2, 4]) == Blocks((2, 4)) and hash(Blocks([2, 4])) == hash(Blocks((2, 4)))
+
+
 def test_the_checker_names_the_leaf():
   masks = {"a": {"kernel": jnp.ones((4, 4), bool).at[2:].set(False)}}
   patterns.check(masks, NM(2, 4))

@@ -253,13 +253,16 @@ def test_masks_are_found_for_parameters_in_another_container(pack):
   chex.assert_trees_all_equal(jax.tree.leaves(found), jax.tree.leaves(expected))
 
 
-def test_a_leaf_that_is_not_pruned_does_not_get_the_mask_of_its_namesake():
+@pytest.mark.parametrize("pack", [False, True])
+def test_leaves_of_one_name_are_an_error_before_training(pack):
   kernel = jnp.arange(1.0, 9.0).reshape(2, 4)
   params = {"a/b": kernel, "a": {"b": kernel[:1]}}
-  tx = sparsejax.one_shot_pruning(0.5, at=0, prunable=lambda path, leaf: len(path) == 1)
-  _, state = tx.update(params, tx.init(params), params)
-  masks = sparsejax.get_masks(state, params)
-  assert masks["a"]["b"].all() and masks["a/b"].sum() == 4
+  # Also where one of them is not pruned: masks are found by name.
+  pruning = sparsejax.one_shot_pruning(
+    0.5, at=0, pack=pack, prunable=lambda path, leaf: len(path) == 1
+  )
+  with pytest.raises(ValueError, match="two leaves have the name 'a/b': rename one of them"):
+    optax.chain(optax.sgd(0.1), pruning).init(params)
 
 
 class Heads(NamedTuple):
@@ -311,6 +314,8 @@ def test_parameters_without_a_name_are_called_the_array():
     sparsejax.one_shot_pruning(0.5, at=0).init(jnp.ones(5))
   with pytest.raises(ValueError, match="the array has dtype int32, but only weights of float16, "):
     sparsejax.one_shot_pruning(0.5, at=0).init(jnp.ones((5, 5), jnp.int32))
+  with pytest.raises(ValueError, match=r"the array has shape \(2, 3\) in the masks, but \(3, 2\)"):
+    sparsejax.apply_masks(jnp.ones((3, 2)), jnp.ones((2, 3), bool))
 
 
 def test_a_state_without_masks_has_no_memory_of_masks_either(params):
@@ -330,6 +335,8 @@ def test_arguments_that_are_swapped_or_no_functions_are_errors(params):
     sparsejax.masked_updates(rule, due=due, prunable="kernel")
   with pytest.raises(ValueError, match="stages of a Rule must be a sequence"):
     sparsejax.masked_updates(sparsejax.Rule(rule), due=due)
+  with pytest.raises(ValueError, match=r"sequence of one function or more, got \(\)"):
+    sparsejax.masked_updates(sparsejax.Rule(()), due=due)
   with pytest.raises(ValueError, match="a stage of the rule must be a function, got 3"):
     sparsejax.masked_updates(3, due=due)
 
@@ -369,8 +376,9 @@ def test_an_initial_sparsity_has_to_be_a_number_known_beforehand():
 
 
 def test_a_key_that_is_none_is_an_error():
-  with pytest.raises(ValueError, match="key must be one random key, got 42"):
-    sparsejax.one_shot_pruning(0.5, at=0, criterion=criteria.random, key=42)
+  for key, shown in ((42, "42"), (jnp.ones(2), "Array"), (jnp.ones((), jnp.uint32), "Array")):
+    with pytest.raises(ValueError, match=f"key must be one random key, got {shown}"):
+      sparsejax.one_shot_pruning(0.5, at=0, criterion=criteria.random, key=key)
 
 
 def test_a_schedule_of_many_numbers_is_an_error(params):

@@ -145,10 +145,10 @@ class Compacted:
     for x, example, batched in leaves:
       first = 1 if batched else 0
       if x.ndim != len(example.shape) or x.shape[first:] != example.shape[first:]:
-        but = " in more than the batch size" if batched else ""
+        but = ", in more than the batch size" if batched else ""
         raise ValueError(
           f"an input has shape {x.shape}, which differs from that of the example,"
-          f" {example.shape},{but}."
+          f" {example.shape}{but}."
         )
       if x.dtype != example.dtype:
         raise ValueError(f"an input is {x.dtype}, but that of the example was {example.dtype}.")

@@ -106,11 +106,12 @@ def _arrays(params):
     try:
       array = jnp.asarray(leaf)
     except (TypeError, ValueError) as error:
-      raise ValueError(f"{name!r} is no array: {error}") from error
+      raise ValueError(f"{trees.quoted(name)} is no array: {error}") from error
     if jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(np.asarray(array)).all():
       what = "NaN" if np.isnan(np.asarray(array)).any() else "infinite"
       raise ValueError(
-        f"{name!r} has weights that are {what}: what they are multiplied with cannot be removed."
+        f"{trees.quoted(name)} has weights that are {what}: what they are multiplied with cannot"
+        " be removed."
       )
     return array
 

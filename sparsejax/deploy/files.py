@@ -205,10 +205,12 @@ def _converted(name: str, leaf: Any, dtype: Any) -> np.ndarray:
   try:
     array = _in_order(leaf)
   except TypeError as error:
-    raise ValueError(f"{name!r} is no array of numbers: {error}") from error
+    raise ValueError(f"{trees.quoted(name)} is no array of numbers: {error}") from error
   if array.dtype not in _NAMES:
     known = ", ".join(map(str, _NAMES))
-    raise ValueError(f"{name!r} is {array.dtype}, but only {known} can be stored: convert it.")
+    raise ValueError(
+      f"{trees.quoted(name)} is {array.dtype}, but only {known} can be stored: convert it."
+    )
   if _NAMES[array.dtype] not in _FLOATS:
     return array
   if dtype is not None and _name_of(dtype) not in _FLOATS:
@@ -219,9 +221,9 @@ def _converted(name: str, leaf: Any, dtype: Any) -> np.ndarray:
     has_nan = np.isnan(stored).any()
     too_large = np.any(np.isinf(stored) & ~np.isinf(array))
   if has_nan:
-    raise ValueError(f"{name!r} holds NaN.")
+    raise ValueError(f"{trees.quoted(name)} holds NaN.")
   if too_large:
-    raise ValueError(f"{name!r} holds numbers that are too large for {stored.dtype}.")
+    raise ValueError(f"{trees.quoted(name)} holds numbers that are too large for {stored.dtype}.")
   return stored
 
 

@@ -57,10 +57,10 @@ def check(params: PyTree, masks: PyTree) -> None:
       )
     )
     if nan:
-      raise ValueError(f"{name!r} holds NaN.")
+      raise ValueError(f"{trees.quoted(name)} holds NaN.")
     if left:
       raise ValueError(
-        f"{pruned} of {mask.size} weights of {name!r} should be pruned, but {left} of those are not"
-        " zero: these are not the parameters after the last update of this state, or something"
-        " after the pruning has changed them. sparsejax.apply_masks prunes them."
+        f"{pruned} of {mask.size} weights of {trees.quoted(name)} should be pruned, but {left} of"
+        " those are not zero: these are not the parameters after the last update of this state, or"
+        " something after the pruning has changed them. sparsejax.apply_masks prunes them."
       )

@@ -96,8 +96,8 @@ def to_numpy(
 
   Raises:
     ValueError: if the function has an operation that is not known here, which is named; if a leaf
-      holds NaN; if the parameters do not belong to the function; or if the threads do not divide
-      the examples.
+      holds NaN; if the parameters do not belong to the function; if matrices that may become sparse
+      are neither of float32 nor of float64; or if the threads do not divide the examples.
 
   Example:
     >>> import jax.numpy as jnp
@@ -112,7 +112,7 @@ def to_numpy(
   inputs = jax.tree.map(np.asarray, inputs)
   for name, leaf in trees.leaves_by_name(params).items():
     if np.isnan(leaf).any():
-      raise ValueError(f"{name!r} holds NaN.")
+      raise ValueError(f"{trees.quoted(name)} holds NaN.")
 
   def translated(kind, parts, of_layers):
     part = inputs if parts == 1 else jax.tree.map(lambda x: x[: len(x) // parts], inputs)

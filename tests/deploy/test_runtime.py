@@ -228,6 +228,8 @@ def test_a_layer_that_does_not_fit_or_has_nan_is_an_error_that_says_which():
     Network([Dense(nan)], np.ones((1, 2), np.float32))
   with pytest.raises(ValueError, match="layer 0 has NaN in its bias"):
     Network([Dense(np.ones((2, 2), np.float32), nan[0])], np.ones((1, 2), np.float32))
+  with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+    Network([Dense(np.ones((2, 2)))], np.ones((1, 2)), rounds=0)
   with pytest.raises(ValueError, match="not of float16"):
     Network([Dense(np.ones((2, 2), np.float16))], np.ones((1, 2), np.float16))
 

@@ -27,7 +27,7 @@ def choose(
     Its name and itself.
 
   Raises:
-    ValueError: if none has that name.
+    ValueError: if none has that name, or as `take_turns` does.
   """
   if kind in ways:
     return kind, ways[kind]()
@@ -53,7 +53,12 @@ def take_turns(
     functions: by name.
     rounds: how many.
     turn: how many seconds of calls make up a turn; it is one call at least.
+
+  Raises:
+    ValueError: if there are no rounds.
   """
+  if rounds < 1:
+    raise ValueError(f"rounds must be at least 1, got {rounds}.")
 
   def fastest(function):
     best, end = math.inf, time.perf_counter() + turn
