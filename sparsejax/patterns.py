@@ -99,7 +99,8 @@ class NM(Pattern):
     m: of so many.
     axis: along which they lie, by default the last but one: that of the inputs of dense layers and
       convolutions, over which these sum. A kernel that is split into heads, such as those of the
-      queries, keys and values of attention in Flax, has the heads there, and its inputs first.
+      queries, keys and values of attention in Flax, has the heads there, and its inputs first: it
+      may have a link of its own, by `prunable`.
 
   Raises:
     ValueError: if not 1 <= n < m, or if one of them is no integer.
