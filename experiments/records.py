@@ -22,20 +22,18 @@ from experiments.recipe import Dynamic, Recipe
 PACKAGES = ("sparsejax", "jax", "jaxlib", "flax", "optax", "numpy")
 # Sparse products are theirs, if they are installed.
 OPTIONAL_PACKAGES = ("scipy", "numba")
-# What everything that reads results makes use of.
-_IN_RESULTS = (
-  "config",
+# Of a result, what tables are made of; and what else is read of it.
+IN_TABLES = (
   "test_accuracy",
   "best_test_accuracy",
   "pool",
   "pruned",
   "sparsity",
   "collapsed_in_epoch",
-  "layers",
   "seconds",
   "device",
-  "commit",
 )
+_IN_RESULTS = ("config", *IN_TABLES, "layers", "commit")
 
 
 @contextlib.contextmanager

@@ -191,24 +191,12 @@ def _changes(recipe: Recipe, named: Recipe) -> dict[str, Any]:
   }
 
 
-_KEPT = (
-  "test_accuracy",
-  "best_test_accuracy",
-  "pool",
-  "pruned",
-  "sparsity",
-  "collapsed_in_epoch",
-  "seconds",
-  "device",
-)
-
-
 def _brief(result: dict[str, Any]) -> dict[str, Any]:
   """What the table is made of."""
   return {
     "final_sparsity": result["config"]["sparsity"],
     "seed": result["config"]["seed"],
-    **{key: result[key] for key in _KEPT},
+    **{key: result[key] for key in records.IN_TABLES},
     "lanes": result.get("lanes", 1),
   }
 
