@@ -297,6 +297,28 @@ def test_a_grouped_convolution_keeps_a_group_of_which_one_input_matters():
   assert found["w1"] == (1, 1, 2, 4) and found["w2"] == (3, 3, 2, 4)
 
 
+def test_a_convolution_of_weights_with_a_kernel_of_the_inputs_stays():
+  params = {"image": random_weights(1, 3, 3, 4), "w": random_weights(5, 4)}
+
+  def apply(p, x):
+    kernel = (x @ p["w"]).T.reshape(1, 1, 4, -1)  # An output channel for each example.
+    return jnp.moveaxis(conv(p["image"], kernel), -1, 0)
+
+  compacted = check_equal(apply, params, np.ones((1, 5)))
+  assert "conv_general_dilated" in compacted.report.unknown
+
+
+def test_units_that_a_pad_moves_and_drops_stay():
+  params = {"w1": random_weights(5, 4), "w2": random_weights(4, 3), "w3": random_weights(4, 3)}
+  params["w1"][:, 1] = 0
+
+  def apply(p, x):
+    h = jnp.tanh(x @ p["w1"])
+    return lax.pad(h, 0.0, ((0, 0, 0), (-1, 1, 0))) @ p["w2"] + h @ p["w3"]
+
+  check_equal(apply, params, np.ones((1, 5)))
+
+
 def test_something_is_left_of_a_layer_whose_output_is_only_moved():
   params = {"w1": np.zeros((3, 3, 2, 4), np.float32), "w2": random_weights(3, 3, 1, 4)}
   params["w3"] = random_weights(1, 1, 6, 3)
@@ -415,11 +437,12 @@ def test_a_layer_of_which_nothing_is_left_becomes_a_constant():
     lambda x: jnp.where(jnp.arange(len(x)) < 3, 0.0, 1.0)[:, None],
     lambda x: 1.0 / len(x),
     lambda x: jnp.cumsum(jnp.ones((len(x), 3)), 0),
+    lambda x: lax.scan(lambda s, _: (s + 1, s), jnp.zeros(3), length=len(x))[0],
   ],
-  ids=["sum", "number", "literal", "unknown"],
+  ids=["sum", "number", "literal", "unknown", "steps"],
 )
 def test_what_depends_on_the_batch_size_is_not_folded(term):
-  params = {"w1": random_weights(4, 3), "w2": random_weights(3, 2)}
+  params = {"w1": random_weights(4, 3), "w2": random_weights(3, 4)}
   params["w1"][:, 1] = 0
   apply = lambda p, x: (x @ p["w1"] + term(x)) @ p["w2"]
   check_equal(apply, params, np.ones((1, 4)), batches=(2, 5))

@@ -118,6 +118,13 @@ def test_gaps_win_above_seven_eighths_of_zeros(path, density, form):
   assert forms(path) == {"w": form}
 
 
+def test_a_few_zeros_do_not_make_a_file_larger(path):
+  weights = np.ones(40, np.float32)
+  dense = deploy.save(path, {"w": weights})
+  weights[:8] = 0  # A mask saves 27 bytes, but another tensor takes more in the header.
+  assert deploy.save(path, {"w": weights}, overwrite=True) <= dense
+
+
 @pytest.mark.parametrize("zeros", [0, 1, 254, 255, 256, 509, 510, 511, 1000])
 def test_gaps_of_any_length_are_counted(path, zeros):
   weights = np.zeros(5 * (zeros + 1) + 2000, np.float32)
@@ -219,6 +226,23 @@ def test_damaged_weights_are_refused_by_the_name_of_their_leaf(path):
   content[start + begin + 5] ^= 4
   path.write_bytes(content)
   with pytest.raises(ValueError, match="is damaged: 'Dense_2/kernel' is not what was written"):
+    deploy.load(path)
+
+
+def test_a_tensor_of_another_type_than_was_written_is_refused(path):
+  deploy.save(path, {"w": np.ones(3, np.float32)})
+  path.write_bytes(path.read_bytes().replace(b'"dtype":"F32"', b'"dtype":"I32"'))
+  with pytest.raises(ValueError, match="is damaged: 'w' is not what was written"):
+    deploy.load(path)
+
+
+def test_a_tensor_of_no_leaf_is_refused(path):
+  params = {"w": np.ones(3, np.float32)}
+  deploy.save(path, params)
+  with safetensors.safe_open(path, framework="numpy") as file:
+    metadata = file.metadata()
+  path.write_bytes(safetensors.numpy.save(params | {"v": params["w"]}, metadata))
+  with pytest.raises(ValueError, match="is damaged: nothing is known of 'v' in it"):
     deploy.load(path)
 
 

@@ -29,8 +29,10 @@ def test_active_weights_may_be_zero():
   deploy.finalize(jax.tree.map(jnp.zeros_like, params), state)
 
 
-def test_weights_that_are_not_are_an_error_that_names_the_leaf():
+@pytest.mark.parametrize("sign", [1, -1])
+def test_weights_that_are_not_are_an_error_that_names_the_leaf(sign):
   before, _, state = trained()
+  before = jax.tree.map(lambda x: sign * x, before)
   with pytest.raises(ValueError, match="20 of 40 weights of 'out/kernel' should be pruned, but 20"):
     deploy.finalize(before, state)
 

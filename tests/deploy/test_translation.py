@@ -24,6 +24,7 @@ FUNCTIONS = {
   "dense": lambda p, x: x[:, 0, 0] @ p,
   "dense_of_rows": lambda p, x: x @ p,
   "weights_first": lambda p, x: p.T @ x[0, 0].T,
+  "to_two_axes": lambda p, x: jnp.einsum("bhwc,cio->bhwio", x, random(6, 2, 3)),
   "two_axes": lambda p, x: jnp.einsum("bhwc,whco->bo", x, random(3, 4, 6, 2)),
   "of_activations": lambda p, x: jnp.einsum("bhwc,bhvc->bhwv", x, jnp.tanh(x)),
   "conv": lambda p, x: conv(x, random(3, 2, 6, 5)),
@@ -31,9 +32,12 @@ FUNCTIONS = {
   "elementwise": lambda p, x: (
     jnp.exp(-x) * jnp.abs(x) + jnp.sqrt(x**2 + 1) / (1 + x**4) - lax.rsqrt(3 + jnp.sin(x))
   ),
+  "number": lambda p, x: jnp.exp(jnp.mean(x) * 0.5) + 1,
+  "negative_power": lambda p, x: (1 + jnp.abs(x)) ** -2,
   "activations": lambda p, x: jax.nn.silu(x) + jax.nn.relu(x) + jnp.tanh(x) + jax.nn.sigmoid(x),
   "softmax": lambda p, x: jax.nn.log_softmax(x) + jax.nn.softmax(x, axis=1),
   "select": lambda p, x: jnp.where((x > 0) & ~(x < -1) | (x == 2), x, 0.1 * x),
+  "select_of_three": lambda p, x: lax.select_n(jnp.sign(x).astype(int) + 1, x, 2 * x, 3 * x),
   "clip": lambda p, x: jnp.clip(x, -0.5, 0.5) + lax.clamp(-1.0, x, 1.0),
   "moves": lambda p, x: jnp.concatenate(
     [
@@ -43,6 +47,7 @@ FUNCTIONS = {
     -1,
   ),
   "splits": lambda p, x: sum(jnp.split(x, 3, axis=-1)) + jnp.squeeze(x[:, :1], 1)[:, None, :, :2],
+  "split_of_rows": lambda p, x: jnp.split(x, 2, axis=1),
   "reductions": lambda p, x: x.mean((1, 2)) + x.max(1).min(1) + jnp.sum(x > 0, (1, 2)),
   "max_pool": lambda p, x: lax.reduce_window(
     x, -jnp.inf, lax.max, (1, 3, 2, 1), (1, 2, 1, 1), "SAME"
@@ -60,6 +65,9 @@ FUNCTIONS = {
   ],
   "mean_pool": lambda p, x: lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"),
   "take": lambda p, x: jnp.take(x, np.array([3, 1, 1], np.uint16), axis=2, mode="clip"),
+  "take_of_batched": lambda p, x: jnp.einsum(
+    "bhwc,bco->bhwo", jnp.take(x, np.array([0, 2]), axis=3, mode="clip"), random(2, 2, 5)
+  ),
   "constants": lambda p, x: x + jnp.arange(6.0) + jnp.cumsum(p[:, 0]),
   "tree": lambda p, x: {"x": x, "constant": p, "both": (x * 2, x * 2 + 1)},
   "unused": lambda p, x: (jnp.sort(x), x)[1],
@@ -173,6 +181,12 @@ def take_corners(x):
   return lax.gather(x, np.array([[0], [2], [3], [1]]), numbers, (1, 1), mode="clip")
 
 
+def take_columns(x):
+  """Columns as rows."""
+  numbers = lax.GatherDimensionNumbers((1,), (1,), (1,))
+  return lax.gather(x, np.array([[0], [2], [3]]), numbers, (len(x), 1), mode="clip")
+
+
 def assert_close(found, expected):
   assert found.shape == expected.shape and found.dtype == expected.dtype
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -185,6 +199,16 @@ def test_a_value_that_is_read_again_is_not_overwritten():
 
   x, p = random(3, 3, seed=1), random(3, 3)
   np.testing.assert_allclose(deploy.to_numpy(apply, p, x)(x), apply(p, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_value_that_is_read_in_another_shape_is_not_overwritten():
+  def apply(p, x):
+    h = x @ p
+    rows = h.reshape(4)
+    return h * 2, jnp.tanh(rows)
+
+  x, p = random(2, 3), random(3, 2)
+  jax.tree.map(assert_close, deploy.to_numpy(apply, p, x)(x), apply(jnp.asarray(p), x))
 
 
 def test_the_faster_kind_is_chosen_in_each_layer(monkeypatch):
@@ -258,6 +282,10 @@ def test_examples_are_shared_out_among_threads(monkeypatch):
     (lambda p, x: jnp.sort(x), "sort cannot be translated"),
     (lambda p, x: conv(x, random(3, 3, 6, 2), rhs_dilation=(2, 2)), "without dilation"),
     (lambda p, x: conv(x, random(3, 3, 1, 6), feature_group_count=6), "and groups"),
+    (
+      lambda p, x: conv(x[..., :3], random(3, 3, 3, 3), numbers=("NHWC", "OIHW", "NHWC")),
+      "with channels last",
+    ),
     (lambda p, x: conv(x, random(2, 2, 6, 2), ((-1, 0), (0, 0))), "negative padding"),
     (
       lambda p, x: lax.reduce_window(
@@ -265,9 +293,16 @@ def test_examples_are_shared_out_among_threads(monkeypatch):
       ),
       "negative padding",
     ),
+    (
+      lambda p, x: lax.reduce_window(
+        x, -jnp.inf, lax.max, (1, 1, 2, 1), (1,) * 4, "VALID", window_dilation=(1, 1, 2, 1)
+      ),
+      "windows with dilation",
+    ),
     (lambda p, x: jnp.take(x, jnp.int32(x[:, 0, 0, 0]), axis=1), "gather"),
     (lambda p, x: x[:, [0, 1], [1, 2]], "gather"),
     (lambda p, x: take_corners(x[:, :, 0, 0]) @ random(4, 1), "gather"),
+    (lambda p, x: take_columns(x[:, :, 0, 0]), "gather"),
     (lambda p, x: jnp.int32(x) // 1 + lax.div(jnp.int32(x), jnp.int32(2)), "cannot be translated"),
     (lambda p, x: lax.pad(x, 0.0, ((0, 0, 0), (0, 0, 1), (0, 0, 0), (0, 0, 0))), "a pad"),
   ],
