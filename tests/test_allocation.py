@@ -350,3 +350,8 @@ def test_a_number_is_like_a_vector_of_one(name):
     expected = sparsejax.allocation.densities([(10, 10), (1,)], density, name)
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_allclose(found @ [100, 1], 101 * density)
+
+
+@pytest.mark.parametrize("name", ["er", "erk"])
+def test_a_layer_without_weights_takes_nothing_from_the_others(name):
+  np.testing.assert_array_equal(allocation.densities([(0, 5), (4, 4)], 0.5, name), [1, 0.5])

@@ -2,6 +2,7 @@
 
 import fractions
 import functools
+import inspect
 import math
 
 import flax
@@ -717,6 +718,23 @@ def test_growth_that_is_not_exact_has_the_number_as_its_mean():
   np.testing.assert_allclose(active.std(), np.sqrt(8), rtol=0.15)
 
 
+def test_what_grows_at_random_does_not_depend_on_what_was_dropped_at_random():
+  params = draw({"kernel": (20, 20)})
+  masks = draw_masks({"kernel": (20, 20)})
+
+  @jit
+  def regrown(key):
+    tx = sparsejax.dynamic_sparse_training(
+      optax.sgd(0.1), masks=masks, drop="random", grow="random", fraction=0.5, every=1, key=key
+    )
+    _, state = tx.update(params, tx.init(params), params)
+    return jnp.sum(state.masks["kernel"] & masks["kernel"]) - 100
+
+  # Of 300 candidates 100 have just been dropped, and 100 grow: a third of either.
+  found = [int(regrown(jax.random.key(seed))) for seed in range(5)]
+  assert abs(np.mean(found) - 100 / 3) < 8
+
+
 def test_growth_that_is_not_exact_is_for_random_growth_only():
   with pytest.raises(ValueError, match="random"):
     sparsejax.dynamic_sparse_training(
@@ -760,6 +778,33 @@ def test_each_method_has_the_allocation_of_its_authors_by_default():
   assert kept(masks) == kept(start_of(allocation="erk", sparsity=0.5))
   masks = start_of(make=sparsejax.granet, sparsity=0.8, steps=4, every=2, fraction=0.5, key=None)
   assert kept(masks) == [math.prod(SHAPES[layer]) for layer in POOL]
+
+
+def test_each_method_has_the_published_numbers_and_moments_by_default():
+  for function, published in (
+    (sparsejax.granet, dict(initial=0.0, moments="masked")),
+    (sparsejax.rigl, dict(every=100, moments="reset")),
+    (sparsejax.sparse_evolutionary_training, dict(fraction=0.3)),
+    (sparsejax.lottery.iterative_pruning, dict(rate=0.2, rewind_to=0)),
+  ):
+    parameters = inspect.signature(function).parameters
+    assert {name: parameters[name].default for name in published} == published
+
+
+@pytest.mark.parametrize(
+  ("make", "options"),
+  [
+    (sparsejax.granet, dict(sparsity=0.5, initial=0.5, steps=1)),
+    (sparsejax.snfs, dict()),
+  ],
+)
+def test_granet_and_snfs_round_up_what_they_drop(make, options):
+  weights = np.arange(1.0, 21.0, dtype=np.float32).reshape(4, 5)
+  masks, gradient = {"kernel": weights <= 10}, {"kernel": np.float32(weights > 10)}
+  tx = make(optax.sgd(0.0, momentum=0.9), masks=masks, every=1, fraction=0.11, **options)
+  _, found, _ = call_once(tx, apply(masks, {"kernel": weights}), gradient)
+  # Not 1.1 of 10 active weights, but 2: the two smallest give way to the first inactive ones.
+  assert np.flatnonzero(found["kernel"]).tolist() == list(range(2, 12))
 
 
 def test_a_global_start_keeps_the_largest_magnitudes_without_a_key():
@@ -1072,6 +1117,18 @@ def test_of_an_odd_number_the_positive_weights_give_one_more():
   np.testing.assert_array_equal(criteria.each_sign(leaf) == 0, [1, 1, 0, 0, 0, 0])
 
 
+def test_a_weight_of_zero_counts_as_positive():
+  weight = jnp.array([0.0, 0.0, 1.0, -1.0, -2.0, -3.0])
+  leaf = criteria.Leaf(weight, jnp.ones(6, bool), count=jnp.uint32(2))
+  np.testing.assert_array_equal(criteria.each_sign(leaf), [0, 1, 1, 0, 1, 1])
+
+
+def test_moments_of_zero_are_no_momentum():
+  first, second = jnp.array([0.0, 1.0, 2.0]), jnp.array([0.0, 1.0, 1.0])
+  leaf = criteria.Leaf(first, jnp.ones(3, bool), moment=lambda: (first, second))
+  np.testing.assert_allclose(criteria.momentum(leaf), [0, 1, 2], rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize(
   ("name", "weight", "gradient"),
@@ -1172,6 +1229,23 @@ def test_what_are_no_scores_is_an_error_that_says_what_was_returned(criterion, m
 def test_a_decay_of_one_or_more_is_an_error():
   with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1\.5"):
     criteria.running_magnitude(1.5)
+
+
+def test_a_running_average_of_half_precision_weights_does_not_stand_still():
+  leaf = criteria.Leaf(jnp.ones(1, jnp.bfloat16), jnp.ones(1, bool))
+  running = criteria.running_magnitude(0.99)
+  update = lambda _, mean: running.update(leaf, mean)
+  mean = jax.lax.fori_loop(0, 500, update, running.init(leaf.weight))
+  np.testing.assert_allclose(mean, 1 - 0.99**500, rtol=1e-4)
+
+
+def test_a_running_average_starts_anew_when_masks_have_changed():
+  tx = sparsejax.one_shot_pruning(0.5, at=1, criterion=criteria.running_magnitude(0.75))
+  params = {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
+  state, update = tx.init(params), jit(tx.update)
+  for part in (0.25, 0.0):
+    _, state = update(params, state, params)
+    np.testing.assert_array_equal(state.statistics["drop"]["kernel"], part * params["kernel"])
 
 
 def test_masks_that_are_given_are_checked_and_taken_in_a_jitted_init_too():

@@ -254,6 +254,19 @@ def test_one_shot_pruning_prunes_at_its_call_only(at):
   assert_masks_equal(masks, counts_to_masks(counts, weights))
 
 
+@pytest.mark.parametrize(
+  ("link", "counts"),
+  [
+    (sparsejax.progressive_pruning(0.85, initial=0.3, steps=3, every=1), [5, 7, 8, 8]),
+    (sparsejax.progressive_pruning(jnp.float32(0.95), initial=0.35, steps=1, every=1), [9, 9]),
+    (sparsejax.one_shot_pruning(sparsejax.OneOf((0.2, 0.5), 0), at=0), [2, 2, 2]),
+  ],
+  ids=["a float", "an array", "one of several"],
+)
+def test_a_ramp_ends_at_its_sparsity_without_rounding_errors_and_stays_there(link, counts):
+  assert pruned(masks_of(link, draw_weights(len(counts), {"a": (2, 5)}))) == counts
+
+
 # How many, for a traced sparsity
 
 SIZES = (1, 3, 64, 133, 100003)
@@ -658,10 +671,11 @@ def test_a_random_criterion_without_key_is_an_error(function):
     ({"a": 0.5}, "b"),
     ({"a": 0.5, "b": 0.5, "unforeseen": 0.5}, "unforeseen"),
     ({"a": 0.5, "b": {"nested": 0.5}}, "b"),
+    ({"a": 0.5, "b": 0.5, "bias": 0.5}, "bias"),
   ],
 )
 def test_a_tree_of_sparsities_that_does_not_match_is_an_error_that_names_the_path(tree, named):
-  params = {"a": jnp.ones((2, 3)), "b": jnp.ones((4, 4))}
+  params = {"a": jnp.ones((2, 3)), "b": jnp.ones((4, 4)), "bias": jnp.ones(4)}
   with pytest.raises(ValueError, match=rf"\b{named}\b"):
     progressive(sparsity=tree).init(params)
   with pytest.raises(ValueError, match=rf"\b{named}\b"):

@@ -101,6 +101,16 @@ def test_a_rate_that_leaves_nothing_is_an_error():
     lottery.prune(params, all_true(params), 0.99)
 
 
+def test_masks_that_are_not_boolean_cannot_be_pruned():
+  with pytest.raises(ValueError, match="masks must be boolean, but 'kernel' has dtype int32"):
+    lottery.prune({"kernel": jnp.ones((2, 2))}, {"kernel": jnp.ones((2, 2), jnp.int32)}, 0.5)
+
+
+def test_masks_of_what_is_not_prunable_stay_as_they_are():
+  masks = all_true(ramp()) | {"scale": np.array([True, False, True])}
+  np.testing.assert_array_equal(lottery.prune(ramp(), masks, 0.5)["scale"], masks["scale"])
+
+
 def remaining(shapes, rates, exempt=0, rounds=14):
   """Percentages of weights that are left after each round, of ramps instead of networks."""
   params = [jnp.linspace(1.0, 0.0, int(np.prod(shape))).reshape(shape) for shape in shapes]
@@ -299,6 +309,21 @@ def test_a_training_that_writes_into_its_ticket_does_not_change_what_is_rewound_
 
   rounds = list(lottery.iterative_pruning(train, ramp(), rounds=3, rate=0.5))
   assert [float(finished.trained["kernel"].max()) for finished in rounds] == [15, 15, 15]
+
+
+def test_every_round_has_the_early_weights_also_where_none_are_rewound():
+  options = dict(rounds=2, rate=0.5, rewind_weights=False)
+  for finished in lottery.iterative_pruning(Recorder(), ramp(), **options):
+    chex.assert_trees_all_equal(finished.early, ramp())
+
+
+def test_initial_weights_that_are_written_over_meanwhile_are_still_rewound_to():
+  params, train = {"kernel": np.arange(1.0, 11.0, dtype=np.float32).reshape(2, 5)}, Recorder()
+  rounds = lottery.iterative_pruning(train, params, rounds=2, rate=0.5)
+  next(rounds)
+  params["kernel"][:] = 0
+  next(rounds)
+  np.testing.assert_array_equal(train.tickets[1].params["kernel"], [[0] * 5, [6, 7, 8, 9, 10]])
 
 
 def test_what_cannot_be_pruned_or_resumed_fails_before_anything_is_trained():

@@ -170,6 +170,11 @@ def test_sparsity_follows_the_choice_of_what_is_prunable():
   np.testing.assert_allclose([float(everything), float(only)], [0.1, 1.0], rtol=1e-6)
 
 
+def test_the_sparsity_of_nothing_prunable_is_an_error():
+  with pytest.raises(ValueError, match="no leaf is prunable"):
+    sparsejax.sparsity({"bias": jnp.ones(3, bool)})
+
+
 # overlap.
 
 
@@ -211,6 +216,27 @@ def test_overlap_leaves_out_what_is_never_pruned():
   everything = sparsejax.overlap(a, b, prunable=lambda path, leaf: True)
   assert sorted(everything.per_layer) == ["bias", "kernel"]
   np.testing.assert_allclose(float(everything.overall), 101 / 102, rtol=1e-6)
+
+
+def test_masks_that_keep_nothing_overlap_fully():
+  nothing = {"kernel": jnp.zeros((2, 3), bool)}
+  result = sparsejax.overlap(nothing, nothing)
+  assert result.overall == result.per_layer["kernel"] == 1
+
+
+@pytest.mark.parametrize(
+  ("other", "said"),
+  [
+    ({"kernel": jnp.ones((1, 3), bool)}, r"'kernel' has shape \(2, 3\) in the first masks"),
+    (
+      {"kernel": jnp.ones((2, 3), bool), "new": jnp.ones((2, 3), bool)},
+      "the second masks have 'new', but the first masks have not",
+    ),
+  ],
+)
+def test_masks_of_another_tree_cannot_be_compared(other, said):
+  with pytest.raises(ValueError, match=said):
+    sparsejax.overlap({"kernel": jnp.ones((2, 3), bool)}, other)
 
 
 # masks_from_scores.

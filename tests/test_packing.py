@@ -148,3 +148,12 @@ def test_a_state_that_is_packed_otherwise_is_an_error_that_says_so(pack):
   params = {"kernel": jnp.ones((4, 8))}
   with pytest.raises(ValueError, match=f"with pack={not pack}, but .* has pack={pack}"):
     jax.jit(one.update)(params, other.init(params), params)
+
+
+def test_a_scalar_may_be_pruned_beside_packed_masks():
+  params = {"kernel": jnp.ones((4, 12)), "scale": jnp.ones([])}
+  masks = {"kernel": jnp.ones((4, 12), bool), "scale": jnp.array(False)}
+  tx = sparsejax.fixed_masks(masks, pack=True)
+  updates, _ = tx.update(params, tx.init(params), params)
+  assert updates["scale"] == -1
+  np.testing.assert_array_equal(updates["kernel"], 1)

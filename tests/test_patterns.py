@@ -233,6 +233,14 @@ def test_more_pruning_than_a_pattern_allows_is_an_error():
     sparsejax.masks_from_scores(params, 0.5, allocation="erk", pattern=NM(2, 4))
 
 
+def test_a_sparsity_that_leaves_no_channel_is_an_error_or_warned_of():
+  params, said = {"kernel": jnp.ones((4, 4))}, "none of the 4 prunable weights would be left"
+  with pytest.raises(ValueError, match=said):
+    sparsejax.masks_from_scores(params, 0.95, pattern=Channels())
+  with pytest.warns(UserWarning, match=said):
+    sparsejax.one_shot_pruning(0.95, at=0, pattern=Channels()).init(params)
+
+
 @pytest.mark.parametrize(
   ("options", "pattern"),
   [

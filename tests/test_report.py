@@ -94,6 +94,24 @@ def test_a_layer_without_any_weight_at_all_is_not_said_to_be_emptied():
   assert sparsejax.summary(params, masks).empty == ()
 
 
+def test_an_empty_layer_has_no_sparsity_and_a_total_of_no_layers_no_flops():
+  params = {"dense": jnp.ones((2, 2)), "nothing": jnp.zeros((0, 3))}
+  masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
+  summary = sparsejax.summary(params, masks)
+  assert summary.layers[1].sparsity == 0
+  line = next(line for line in str(summary).splitlines() if line.startswith("others"))
+  assert line.split() == ["others", "0", "0", "0.00%", "-", "-"]
+
+
+def test_positions_can_be_used_again(params):
+  masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
+  positions = {"conv/kernel": 100}
+  for _ in range(2):
+    summary = sparsejax.summary(params, masks, positions=positions)
+    assert summary.layers[0].flops == 2 * 72 * 100
+  assert positions == {"conv/kernel": 100}
+
+
 def test_the_memory_of_masks_is_that_of_all_in_the_state(params):
   def mask_bytes(**options):
     tx = optax.chain(optax.sgd(0.1), sparsejax.one_shot_pruning(0.5, at=0, **options))

@@ -123,9 +123,10 @@ def test_training_can_be_differentiated_through(params):
   np.testing.assert_allclose(jax.grad(trained)(1.0), slope, rtol=1e-2)
 
 
-def test_integer_weights_cannot_be_pruned():
-  with pytest.raises(ValueError, match="'codes' has dtype int32"):
-    sparsejax.one_shot_pruning(0.5, at=0).init({"codes": jnp.zeros((2, 2), jnp.int32)})
+@pytest.mark.parametrize("dtype", ["int32", "float8_e4m3fn"])
+def test_weights_of_other_types_cannot_be_pruned(dtype):
+  with pytest.raises(ValueError, match=f"'codes' has dtype {dtype}, but only weights of"):
+    sparsejax.one_shot_pruning(0.5, at=0).init({"codes": jnp.zeros((2, 2), dtype)})
 
 
 def test_leaves_that_are_too_large_to_index_are_an_error():
@@ -232,6 +233,15 @@ def test_fixed_masks_leave_counters_and_leaves_without_a_mask_alone(params):
   _, before = pruning.update(params, pruning.init(params), params)
   after = sparsejax.fixed_masks(before.masks).init(params)
   chex.assert_trees_all_equal(after.masks, before.masks)
+
+
+def test_a_mask_is_not_lost_to_a_layer_without_one_whose_name_begins_alike():
+  mask = jnp.array([[True, False], [False, True]])
+  tx = sparsejax.fixed_masks({"dense1": optax.MaskedNode(), "dense10": {"kernel": mask}})
+  params = {name: {"kernel": jnp.ones((2, 2))} for name in ("dense1", "dense10")}
+  updates, _ = tx.update(params, tx.init(params), params)
+  np.testing.assert_array_equal(updates["dense10"]["kernel"], jnp.where(mask, 1, -1))
+  np.testing.assert_array_equal(updates["dense1"]["kernel"], 1)
 
 
 def test_fixed_masks_that_prune_what_is_no_weight_are_an_error(params):
