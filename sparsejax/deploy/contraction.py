@@ -17,7 +17,16 @@ from sparsejax.deploy.sites import Site
 
 
 def rule_of(site: Site) -> Rule:
-  """What is known about the primitive of a site; `rules.UNKNOWN` if nothing is."""
+  """What is known about a site; `rules.UNKNOWN` if nothing is.
+
+  Nothing is of what does other things at another batch size, such as a power whose exponent it is.
+  """
+  rule = _rule_of_primitive(site)
+  says_shape = rule.moves and site.grows
+  return rules.UNKNOWN if site.follows and not says_shape else rule
+
+
+def _rule_of_primitive(site: Site) -> Rule:
   params = site.equation.params
   match site.equation.name:
     case "dot_general":

@@ -151,15 +151,14 @@ class Plan:
     batch does.
     """
     site = self.sites[number]
-    if rule_of(site).rearranges:
+    rule = rule_of(site)
+    if rule.moves or rule.is_pointwise:
       return False
     linked = {(link.operand, link.axis) for link in self._links[number]}
     followed = any(
       (k, axis) not in linked for k in site.moving for axis in self._batch_axes(site.inputs[k])
     )
-    if rule_of(site) is rules.UNKNOWN:
-      followed |= any(self._batch_axes(i) for i in site.outputs)
-    return followed
+    return followed or (rule is rules.UNKNOWN and (site.grows or site.follows))
 
   def _pin_constants(self):
     """Pins the channels whose constants cannot be folded into what follows."""

@@ -92,6 +92,23 @@ class Program:
     return signature(self) == signature(other)
 
 
+def same_arguments(a: Any, b: Any) -> bool:
+  """Whether static arguments of two traces are the same, as far as they can be compared."""
+  if a is b:
+    return True
+  if isinstance(a, core.ClosedJaxpr) and isinstance(b, core.ClosedJaxpr):
+    return str(a) == str(b) and same_arguments(a.consts, b.consts)
+  if isinstance(a, core.Jaxpr):
+    return str(a) == str(b)
+  if isinstance(a, dict) and isinstance(b, dict):
+    return a.keys() == b.keys() and all(same_arguments(x, b[key]) for key, x in a.items())
+  if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+    return len(a) == len(b) and all(map(same_arguments, a, b))
+  if isinstance(a, (np.ndarray, jax.Array)):
+    return np.array_equal(a, b)
+  return type(a) is type(b) and a == b
+
+
 def trace(apply_fn: Callable[..., Any], params: PyTree, inputs: tuple[Any, ...]) -> Program:
   """The program of `apply_fn(params, *inputs)`, for arrays or their `jax.ShapeDtypeStruct`."""
   closed, shape = jax.make_jaxpr(apply_fn, return_shape=True)(params, *inputs)

@@ -19,14 +19,16 @@ class Rule(NamedTuple):
     links: which indices of operands and outputs belong together. Axes of neither are pinned.
     surrogate: of a site, given where its operands may differ from zero, and the values of those
       that do not vary, None for others.
-    rearranges: whether outputs are elements of inputs, or functions of those at the same position.
+    moves: whether outputs are elements of inputs, and static arguments say no more than where.
+    is_pointwise: whether outputs are functions of the elements of inputs at the same position.
     resize: the static arguments for operands and outputs that are smaller.
     makes_axes: whether the output may have axes that belong to no operand's, without being pinned.
   """
 
   links: Callable[[Site, Channels], Iterator[Link]]
   surrogate: Callable[[Site, Operands, Operands], Surrogate]
-  rearranges: bool = False
+  moves: bool = False
+  is_pointwise: bool = False
   resize: Callable[..., dict[str, Any]] = lambda site, kept, shapes: {}
   makes_axes: bool = False
 
@@ -76,8 +78,8 @@ _REDUCTIONS = (
 )
 
 UNKNOWN = Rule(links.none, surrogates.everything)
-_SAME = Rule(links.same_axes, surrogates.any_operand, rearranges=True)
-_MOVED = Rule(links.none, surrogates.itself, rearranges=True)
+_SAME = Rule(links.same_axes, surrogates.any_operand, is_pointwise=True)
+_MOVED = Rule(links.none, surrogates.itself, moves=True)
 RULES = {
   **dict.fromkeys(_ELEMENTWISE.split(), _SAME),
   **dict.fromkeys(_REDUCTIONS.split(), Rule(links.remaining, surrogates.reduced)),
@@ -89,7 +91,7 @@ RULES = {
     links=links.broadcast, resize=_new_shape("shape"), makes_axes=True
   ),
   "concatenate": _MOVED._replace(links=links.concatenated),
-  "iota": Rule(links.none, surrogates.everything, rearranges=True),
+  "iota": Rule(links.none, surrogates.everything, moves=True),
   "mul": _SAME._replace(surrogate=surrogates.bilinear),
   "pad": _MOVED._replace(links=links.padded, resize=_resize_padding),
   "reshape": _MOVED._replace(links=links.reshaped, resize=_new_shape("new_sizes")),

@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from sparsejax.deploy.channels import Place
-from sparsejax.deploy.program import Equation, Program, Shape
+from sparsejax.deploy.program import Equation, Program, Shape, same_arguments
 
 Indices = tuple[np.ndarray | None, ...]  # Kept indices by axis; None: all.
 
@@ -22,6 +22,8 @@ class Site:
     shapes_in: of the operands.
     shapes_out: of the outputs.
     moving: the positions of operands that are not stored constants.
+    grows: whether a shape of the outputs depends on the batch size.
+    follows: whether a static argument does.
   """
 
   equation: Equation
@@ -30,6 +32,8 @@ class Site:
   shapes_in: tuple[Shape, ...]
   shapes_out: tuple[Shape, ...]
   moving: tuple[int, ...]
+  grows: bool
+  follows: bool
 
 
 def cut(shape: Shape, kept: Indices) -> Shape:
@@ -57,8 +61,8 @@ def split(
 ) -> tuple[set[int], tuple[Site, ...]]:
   """What is stored and what is computed at run time.
 
-  What does not depend on the inputs is stored, unless its shape follows the batch, or it is nothing
-  but something smaller repeated.
+  What does not depend on the inputs is stored, unless it follows the batch, in its shape or in how
+  it is computed, or is nothing but something smaller repeated.
 
   Args:
     program: all equations.
@@ -70,20 +74,21 @@ def split(
   """
   stored = {*program.params, *program.literals, *program.captured} - changing
   sites: list[Site] = []
-  for equation in program.equations:
+  for equation, others in zip(program.equations, other.equations):
     repeats = equation.name in ("broadcast_in_dim", "iota", "tile") and (
       _size(program, equation.outputs) > _size(program, equation.inputs)
     )
-    follows = any(program.shapes[i] != other.shapes[i] for i in equation.outputs)
-    is_stored = stored.issuperset(equation.inputs) and not (repeats or follows)
+    grows = any(program.shapes[i] != other.shapes[i] for i in equation.outputs)
+    follows = not same_arguments(equation.params, others.params)
+    is_stored = stored.issuperset(equation.inputs) and not (repeats or grows or follows)
     if is_stored and not equation.has_effects:
       stored.update(equation.outputs)
     else:
-      sites.append(_site(program, len(sites), equation, stored))
+      sites.append(_site(program, len(sites), equation, stored, grows, follows))
   return stored, tuple(sites)
 
 
-def _site(program, number, equation, stored):
+def _site(program, number, equation, stored, grows, follows):
   moving = tuple(k for k, i in enumerate(equation.inputs) if i not in stored)
   return Site(
     equation,
@@ -92,6 +97,8 @@ def _site(program, number, equation, stored):
     tuple(program.shapes[i] for i in equation.inputs),
     tuple(program.shapes[i] for i in equation.outputs),
     moving,
+    grows,
+    follows,
   )
 
 

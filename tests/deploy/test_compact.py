@@ -448,6 +448,24 @@ def test_what_depends_on_the_batch_size_is_not_folded(term):
   check_equal(apply, params, np.ones((1, 4)), batches=(2, 5))
 
 
+@pytest.mark.parametrize(
+  "layer",
+  [
+    lambda h, b: h + b[:3] ** len(h),
+    lambda h, b: (h + b[:3]) ** len(h),
+    lambda h, b: h + lax.slice(b, (len(h),), (len(h) + 3,)),
+    lambda h, b: h + lax.fori_loop(0, len(h), lambda i, s: s + 1, b[:3]),
+    lambda h, b: h + lax.scan(lambda s, _: (s / len(h), None), b[:3], length=2)[0],
+  ],
+  ids=["power", "power of a constant", "slice", "loop", "number in a loop"],
+)
+def test_what_is_computed_of_weights_by_the_batch_size_is_not_stored(layer):
+  params = {"w1": random_weights(4, 3), "w2": random_weights(3, 2), "b": random_weights(9)}
+  params["w1"][:, 1] = 0
+  apply = lambda p, x: layer(x @ p["w1"], p["b"]) @ p["w2"]
+  check_equal(apply, params, np.ones((2, 4)), batches=(3, 5))
+
+
 def test_one_example_and_a_symbolic_batch_are_computed_where_jax_has_other_equations_for_them():
   params = {"w": random_weights(3, 3)}
   # `@` multiplies matrices if there is one example; `[:, 0]` gathers if the batch is symbolic.
