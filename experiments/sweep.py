@@ -5,7 +5,8 @@
 Writes to the sweep's folder `sweep.md`, a table of accuracy over sparsity, `sweep.png`, a figure of
 it, and `sweep.json`, of which they are made; and below it a folder for each run, with its
 `result.json`, `metrics.jsonl`, `summary.txt` and `plot.png`. The same command run again resumes at
-the last checkpoint; with more sparsities or seeds, it trains the runs that are missing.
+the last checkpoint; with more sparsities or seeds, it trains the runs that are missing. The table
+is of those that were asked for last.
 
 On a CPU, networks with convolutions are trained one after the other, since XLA's CPU backend runs
 convolutions far slower in a loop.
