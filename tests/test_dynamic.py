@@ -542,6 +542,23 @@ def test_what_a_ramp_prunes_and_grows_again_starts_at_zero(order):
   assert not optax.tree.get(inner, "trace")["kernel"].any()
 
 
+def test_what_a_ramp_prunes_has_no_magnitude_to_grow_by():
+  # The smaller the gradient, the larger the weight.
+  weight = np.arange(12.0, 0.0, -1.0, dtype=np.float32).reshape(3, 4)
+  tx = sparsejax.dynamic_sparse_training(
+    SGD,
+    sparsity=0.5,
+    ramp=lambda count: jnp.float32(1.0),
+    drop="gradient",
+    grow="magnitude",
+    fraction=0.5,
+    every=1,
+  )
+  _, masks, _ = call_once(tx, {"w": weight}, {"w": 13 - weight})
+  # Of those left three are dropped, and grow again: they alone are not zero.
+  np.testing.assert_array_equal(masks["w"], weight <= 6)
+
+
 def test_a_fraction_of_nothing_trains_under_the_masks_it_starts_with():
   params, masks, gradients = draw(ONE), draw_masks(ONE), draw(ONE, 6, seed=2)
   dynamic = sparsejax.dynamic_sparse_training(
@@ -597,6 +614,18 @@ def test_with_gradients_of_zero_as_many_grow_lowest_index_first(k):
   expected = np.r_[np.arange(6) < 6 - k, np.zeros(6, bool)]
   expected[np.flatnonzero(~expected)[:k]] = True
   np.testing.assert_array_equal(mask.ravel(), expected)
+
+
+def test_a_gradient_that_is_passed_says_where_to_grow_and_the_updates_do_not():
+  masks = {"w": np.arange(12).reshape(3, 4) < 6}
+  params = {"w": np.float32(masks["w"])}
+  tx = sparsejax.dynamic_sparse_training(
+    optax.sgd(0.1), sparsity=None, masks=masks, fraction=0.5, every=1
+  )
+  growing = {"w": np.arange(12, dtype=np.float32).reshape(3, 4)}
+  _, state = tx.update({"w": growing["w"][::-1]}, tx.init(params), params, grad=growing)
+  # Of equal weights the first three are dropped, and the last three have the largest gradients.
+  assert np.flatnonzero(state.masks["w"]).tolist() == [3, 4, 5, 9, 10, 11]
 
 
 def test_gradients_that_are_nan_grow_last():
@@ -890,6 +919,10 @@ BAD = {
     dict(initial=0.7, ramp=lambda count: 1.0),
     "initial must not exceed the sparsity, got 0.7 and 0.5",
   ),
+  "initial that is an array": (
+    dict(initial=jnp.float32(0.2), ramp=lambda count: 1.0),
+    "initial must be a Python number, got Array",
+  ),
   "sparsity of 1": (dict(sparsity=1.0), r"sparsity .* in \[0, 1\), got 1.0"),
   "two orders": (dict(skip_step=True, after_step=True), "pass after_step or skip_step"),
   "unknown moments": (dict(moments="foo"), "'masked', 'reset', 'kept'.* got 'foo'"),
@@ -911,6 +944,13 @@ BAD = {
   ),
   "end before begin": (dict(begin=5, end=4), "never change: first at call 5, but not after end=4"),
   "every 0": (dict(every=0), "every must be at least 1"),
+  "end of a half": (dict(end=9.5), "end must be an integer, got 9.5"),
+  "begin before the first call": (dict(begin=-1), "begin must be at least 0"),
+  "a ramp that is a number": (dict(ramp=1.0), "ramp must be a function, got 1.0"),
+  "redistribution by a number": (
+    dict(redistribute=1.0),
+    "redistribute must be a function, got 1.0",
+  ),
   "begin of a half": (dict(begin=0.5), "begin must be an integer, got 0.5"),
   "no key": (dict(key=None), "pass key="),
   "no key for random growth": (
@@ -1284,3 +1324,16 @@ def test_given_masks_that_are_sparser_than_the_end_of_a_ramp_are_an_error():
   tx = sparsejax.granet(SGD, sparsity=0.5, masks=masks, every=1, fraction=0.1, steps=2)
   with pytest.raises(ValueError, match="the network starts with 10800 pruned and is to end with 6"):
     tx.init(params)
+
+
+def test_given_masks_may_be_sparser_than_the_end_of_a_ramp_by_one_weight_and_no_more():
+  params = {"w": jnp.ones((4, 5))}
+
+  def start_with(number):
+    masks = {"w": np.arange(20).reshape(4, 5) >= number}
+    tx = sparsejax.granet(SGD, sparsity=0.5, masks=masks, every=1, fraction=0.1, steps=2)
+    return tx.init(params).masks["w"]
+
+  assert np.sum(~start_with(11)) == 11
+  with pytest.raises(ValueError, match="starts with 12 pruned and is to end with 10"):
+    start_with(12)

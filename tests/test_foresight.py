@@ -767,6 +767,33 @@ def test_scores_that_are_not_finite_are_an_error_that_names_the_leaf(method):
     score_loss(method, rooted, params, make_batch())
 
 
+def test_scores_that_overflow_are_an_error_although_the_loss_does_not():
+  steep = lambda params, batch: 2e38 * jnp.sum(params["w"] ** 4)  # Its derivative is 8e38.
+  with pytest.raises(ValueError, match="scores of 'w' are not finite, although the loss is"):
+    foresight.snip(steep, {"w": jnp.ones((1, 1))}, None)
+
+
+def test_scores_that_are_all_negative_are_as_good_as_others():
+  # At 1 the gradient of each weight is -1, and the Hessian one.
+  loss = lambda params, batch: jnp.sum(params["w"] ** 2 / 2 - 2 * params["w"])
+  scores = foresight.grasp(loss, {"w": jnp.ones((2, 2))}, [None])
+  np.testing.assert_array_equal(scores["w"], -np.ones((2, 2)))
+  # And of those that are not finite the sign does not matter.
+  steep = lambda params, batch: 1e38 * jnp.sum(params["w"] - params["w"] ** 2 / 2)
+  with pytest.raises(ValueError, match="scores of 'w' are not finite, although the loss is"):
+    foresight.grasp(steep, {"w": jnp.full((1, 1), 0.5)}, [None])
+
+
+@pytest.mark.parametrize("method", ["snip", "grasp"])
+def test_a_parameter_without_entries_has_scores_without_entries(method):
+  params = {"w": jnp.ones((2, 2)), "none": jnp.ones((0, 2))}
+  square = lambda params, batch: sum(jnp.sum(leaf**2) for leaf in params.values())
+  scores = score_loss(method, square, params, None)
+  assert scores["none"].shape == (0, 2)
+  # w times 2 w, and w times 2 times 2 w.
+  np.testing.assert_array_equal(scores["w"], np.full((2, 2), 2 if method == "snip" else 4))
+
+
 @pytest.mark.parametrize("method", ["snip", "grasp"])
 def test_a_batch_of_the_wrong_shape_is_an_error_with_its_shapes(method):
   batch = (jnp.ones((5, 7)), jnp.zeros(5, jnp.int32))
@@ -867,6 +894,12 @@ def test_grasp_with_scores_of_other_leaves_alone_is_an_error():
   params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
   with pytest.raises(ValueError, match="all scores are zero"):
     foresight.grasp(loss, params, [0.0])
+
+
+def test_a_tree_of_sparsities_of_another_network_is_an_error_of_synflow():
+  sparsity = {"dense0": {"kernel": 0.5, "bias": 0.0}}
+  with pytest.raises(ValueError, match="none for 'dense1/kernel'"):
+    foresight.synflow(forward, make_params(), jnp.ones((1, 6)), sparsity)
 
 
 def test_a_sparsity_of_synflow_that_leaves_nothing_is_an_error():

@@ -245,6 +245,20 @@ def test_a_schedule_may_return_a_python_float():
   assert pruned(masks) == [67, 67, 67]
 
 
+def test_a_criterion_is_told_how_many_weights_of_a_layer_go_besides_those_that_are_gone():
+  # Positive weights come first, and of each sign as many are to go at each call.
+  weights = np.float32([*range(1, 11), *range(-1, -11, -1)]).reshape(4, 5)
+  link = sparsejax.gradual_pruning(
+    lambda count: jnp.float32([0.2, 0.4, 0.6])[count],
+    every=1,
+    criterion="each_sign",
+    allocation="uniform",
+  )
+  masks = masks_of(link, {"w": np.stack([weights] * 3)})
+  for call, most in enumerate((2, 4, 6)):
+    np.testing.assert_array_equal(masks["w"][call], np.abs(weights) > most)
+
+
 @pytest.mark.parametrize("at", [0, 1, 5])
 def test_one_shot_pruning_prunes_at_its_call_only(at):
   weights = draw_weights(8, POOL)

@@ -256,6 +256,30 @@ def test_every_optimizer_trains_at_the_sparsity_asked_to_a_finite_loss(name):
   assert masks["small"]["kernel"].all()
 
 
+@pytest.mark.parametrize("mode", ["masked", "reset", "kept"])
+def test_a_gradient_that_is_passed_is_masked_for_the_inner_optimizer_as_updates_are(mode):
+  def update(updates, state, params=None, *, grad, **extra_args):
+    return updates, jax.tree.map(jnp.sum, (updates, grad))
+
+  params, masks = draw(), jax.tree.map(lambda m: m[0], MASKS)
+  inner = optax.GradientTransformationExtraArgs(
+    lambda params: jax.tree.map(lambda p: jnp.zeros([]), (params, params)), update
+  )
+  tx = sparsejax.masked_updates(
+    lambda call: call.masks,
+    due=lambda count: False,
+    inner=inner,
+    moments=mode,
+    initial_masks=lambda params, _: pool(jax.tree.map(jnp.asarray, masks)),
+  )
+  twice = jax.tree.map(lambda p: 2 * p, params)
+  _, state = tx.update(params, tx.init(params), params, grad=twice)
+  seen = params if mode == "kept" else jax.tree.map(np.multiply, params, masks)
+  for factor, sums in zip((1, 2), state.inner):
+    for found, leaf in zip(jax.tree.leaves(sums), jax.tree.leaves(seen), strict=True):
+      np.testing.assert_allclose(found, factor * leaf.sum(), rtol=1e-5, atol=1e-5)
+
+
 # find_moments
 
 
@@ -375,6 +399,18 @@ def test_a_function_of_moments_gets_the_leaf_of_each_tree():
     assert not moment["big"]["bias"].any()
   assert new[0].count == 0
   assert not any(map(is_masked_node, jax.tree.leaves(new, is_leaf=is_masked_node)))
+
+
+def test_integers_of_each_weight_are_no_moments():
+  numbers = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.int8), draw())
+  state = {"steps": numbers, "trace": draw()}
+  ones = jax.tree.map(lambda x: np.ones(x.shape, bool), draw())
+  new = moments.map_moments(lambda x, x0, m: x + 1, state, state, pool(ones))
+  for kernel in KERNELS:
+    assert not new["steps"][kernel]["kernel"].any()
+    np.testing.assert_array_equal(
+      new["trace"][kernel]["kernel"], state["trace"][kernel]["kernel"] + 1
+    )
 
 
 def test_nodes_of_other_groups_stay_in_place():

@@ -155,6 +155,21 @@ def test_tiles_of_lowest_mean_are_pruned_as_a_whole(pattern, tile):
   jax.tree.map(np.testing.assert_array_equal, masks, expected)
 
 
+@pytest.mark.parametrize("pattern", [Channels(), Blocks((2, 1))], ids=str)
+def test_weights_and_gradients_of_both_signs_do_not_cancel_in_a_mean(pattern):
+  weights = {"w": jnp.array([[3.0, 1.0, 0.0, 0.0], [-3.0, 1.0, 0.0, 0.0]])}
+  tx = sparsejax.one_shot_pruning(0.75, at=0, pattern=pattern)
+  _, state = tx.update(weights, tx.init(weights), weights)
+  np.testing.assert_array_equal(state.masks["w"], [[True, False, False, False]] * 2)
+  # Of the first two one is dropped, and of the others one grows.
+  gradients = {"w": jnp.array([[0.0, 0.0, 1.0, 3.0], [0.0, 0.0, 1.0, -3.0]])}
+  tx = sparsejax.dynamic_sparse_training(
+    SGD, sparsity=None, masks={"w": weights["w"] != 0}, fraction=0.5, every=1, pattern=pattern
+  )
+  _, state = tx.update(gradients, tx.init(weights), weights)
+  np.testing.assert_array_equal(state.masks["w"], [[True, False, False, True]] * 2)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_means_of_half_precision_are_not_rounded_to_it(dtype):
   scores = jax.random.uniform(jax.random.key(2), (64, 256), dtype)
@@ -186,6 +201,39 @@ def test_eight_devices_give_the_masks_of_n_of_m_that_one_gives(spec, mode):
   np.testing.assert_array_equal(masks, train(jax.tree.map(jnp.asarray, weights)))
 
 
+def test_weights_that_are_kept_return_to_their_group_once_they_are_the_largest():
+  tx = sparsejax.gradual_pruning(lambda count: 0.5, every=1, pattern=NM(2, 4), keep_weights=True)
+  weights = np.float32([[4], [3], [2], [1]])
+  state = tx.init({"w": weights})
+  for w in (weights, weights[::-1], weights):
+    _, state = tx.update({"w": w}, state, {"w": w})
+    np.testing.assert_array_equal(state.masks["w"], w > 2)
+
+
+def test_of_equal_gradients_the_first_of_a_group_grow():
+  params = {"w": jnp.array([[0.0], [0.0], [1.0], [0.0]])}
+  tx = sparsejax.dynamic_sparse_training(
+    SGD, masks={"w": params["w"] > 0}, fraction=1.0, every=1, pattern=NM(1, 4)
+  )
+  _, state = tx.update(params, tx.init(params), {"w": params["w"]}, grad={"w": 0 * params["w"]})
+  np.testing.assert_array_equal(state.masks["w"][:, 0], [True, False, False, False])
+
+
+def test_what_is_pruned_takes_no_place_in_its_group_whatever_it_scores():
+  params = {"w": make_params()["dense"]}
+  tx = sparsejax.gradual_pruning(
+    lambda count: jnp.float32([0.25, 0.5])[count],
+    every=1,
+    criterion="random",
+    key=KEY,
+    pattern=NM(2, 4),
+  )
+  state = tx.init(params)
+  for _ in range(2):
+    _, state = tx.update(params, state, params)
+  patterns.check(state.masks, NM(2, 4))
+
+
 def test_lanes_of_vmap_have_the_masks_of_n_of_m_that_each_has_alone():
   tx = transformations(NM(2, 4))["progressive"]
   lanes = jnp.stack([make_params(seed)["dense"] for seed in range(3)])
@@ -194,6 +242,18 @@ def test_lanes_of_vmap_have_the_masks_of_n_of_m_that_each_has_alone():
     return tx.update({"w": w}, tx.init({"w": w}), {"w": w})[1].masks["w"]
 
   np.testing.assert_array_equal(jax.vmap(masks)(lanes), jnp.stack([masks(w) for w in lanes]))
+
+
+def test_given_masks_of_channels_are_as_sparse_as_their_channels():
+  params = {"w": jnp.ones((8, 4))}
+  options = dict(sparsity=0.5, every=1, fraction=0.1, steps=2, pattern=Channels())
+  # Of the four channels, two are to go in the end; each has eight weights.
+  masks = {"w": jnp.broadcast_to(jnp.arange(4) >= 2, (8, 4))}
+  state = sparsejax.granet(SGD, masks=masks, **options).init(params)
+  np.testing.assert_array_equal(state.masks["w"], masks["w"])
+  masks = {"w": jnp.zeros((8, 4), bool)}
+  with pytest.raises(ValueError, match="starts with 4 pruned and is to end with 2"):
+    sparsejax.granet(SGD, masks=masks, **options).init(params)
 
 
 def test_a_traced_sparsity_prunes_no_more_than_may_go():
@@ -211,13 +271,16 @@ def test_a_traced_sparsity_prunes_no_more_than_may_go():
     (Blocks((3, 3)), r"'conv': Blocks\(shape=\(3, 3\)\) needs axis 2 .* to be a multiple of 3"),
     (Blocks((1, 1, 1)), r"'dense': .* does not fit a kernel of shape \(16, 24\)"),
     (Channels(axis=3), r"'dense': a kernel of shape \(16, 24\) has no axis 3"),
+    (Channels(axis=-3), r"'dense': a kernel of shape \(16, 24\) has no axis -3"),
   ],
 )
 def test_a_pattern_that_does_not_fit_is_an_error_that_names_the_leaf(pattern, match):
   params = make_params()
   link = sparsejax.one_shot_pruning(0.1, at=0, pattern=pattern)
   wrapper = sparsejax.rigl(SGD, sparsity=0.1, end=9, key=KEY, pattern=pattern)
-  for init in (link.init, wrapper.init):
+  masks = jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
+  of_masks = sparsejax.rigl(SGD, masks=masks, end=9, pattern=pattern)
+  for init in (link.init, wrapper.init, of_masks.init):
     with pytest.raises(ValueError, match=match):
       init(params)
   with pytest.raises(ValueError, match=match):
@@ -305,6 +368,22 @@ def test_dropping_of_each_sign_is_not_for_what_a_pattern_decides(make):
     make()
 
 
+@pytest.mark.parametrize("pattern", [Channels(), Blocks((2, 2))], ids=str)
+def test_of_blocks_and_channels_no_criterion_is_told_how_many_weights_go(pattern):
+  tx = sparsejax.dynamic_sparse_training(
+    SGD,
+    sparsity=0.5,
+    fraction=0.3,
+    every=1,
+    drop=lambda leaf: jnp.abs(leaf.weight) * leaf.count,
+    key=KEY,
+    pattern=pattern,
+  )
+  params = make_params()
+  with pytest.raises(ValueError, match="a pattern has its say"):
+    tx.update(params, tx.init(params), params)
+
+
 @pytest.mark.parametrize("pattern", ["2:4", (2, 4), Channels])
 def test_what_is_no_pattern_is_an_error(pattern):
   match = "pattern must be one of sparsejax.patterns"
@@ -389,6 +468,10 @@ def test_the_checker_names_the_leaf():
   patterns.check(masks, NM(2, 4, axis=-1), prunable=lambda path, leaf: False)
   with pytest.raises(ValueError, match="the mask of 'a/kernel' does not have the pattern NM"):
     patterns.check(masks, NM(2, 4, axis=-1))
+  with pytest.raises(ValueError, match=r"does not have the pattern NM\(n=1, m=4"):
+    patterns.check(masks, NM(1, 4))
   patterns.check(masks, Blocks((2, 2)))
   with pytest.raises(ValueError, match="'a/kernel' does not have the pattern Channels"):
     patterns.check(masks, Channels())
+  with pytest.raises(ValueError, match="masks must be boolean, but 'a/kernel' has dtype float32"):
+    patterns.check(jax.tree.map(jnp.float32, masks), NM(2, 4))

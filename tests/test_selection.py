@@ -440,6 +440,18 @@ def test_a_count_beyond_all_bounds_selects_everything(k):
   )
 
 
+@pytest.mark.parametrize("k", [True, 2.0, np.array([1]), jnp.array([1, 2]), jnp.float32(2)])
+def test_a_count_that_is_not_one_integer_is_an_error_that_shows_it(k):
+  with pytest.raises(ValueError, match=f"k must be one integer, .* got {re.escape(repr(k))}"):
+    sparsejax.select_smallest(jnp.ones(3), k)
+
+
+def test_a_leaf_of_as_many_scores_as_cannot_be_indexed_is_an_error_that_names_it():
+  huge = {"a": jax.ShapeDtypeStruct((2**16, 2**16), jnp.bfloat16)}
+  with pytest.raises(ValueError, match=r"fewer than 2\*\*32 entries, but \['a'\] has 4294967296"):
+    jax.eval_shape(lambda scores: sparsejax.select_smallest(scores, 1), huge)
+
+
 # Neither sorting nor gathering.
 
 

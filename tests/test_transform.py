@@ -55,6 +55,39 @@ def test_a_rule_that_revives_weights_may_do_so(params):
     assert float(sparsity) == (0.0 if call % 2 == 0 else 1.0)
 
 
+def test_a_rule_observes_what_the_step_leaves_of_active_weights_and_zero_elsewhere(params):
+  before, pruned = (jax.tree.map(lambda p, k=k: p > k, params) for k in (-0.5, 0.0))
+  rule = sparsejax.Rule(
+    (lambda call: jax.tree.map(lambda m, p: m & p, call.masks, of_kernels(pruned)),),
+    init=lambda pool: pool,
+    observe=lambda call: call.params,
+    forget=lambda call: jax.tree.map(lambda x, m: jnp.where(m, x, 7), call.statistics, call.masks),
+  )
+  # Inactive weights are not zero at first, and gradients would move them.
+  tx = sparsejax.masked_updates(
+    rule,
+    due=lambda count: count == 2,
+    inner=optax.sgd(0.5),
+    after_step=True,
+    moments="kept",
+    initial_masks=lambda params, pool: of_kernels(before),
+  )
+  state = tx.init(params)
+  chex.assert_trees_all_equal(state.statistics, of_kernels(params))
+  gradient = jax.tree.map(jnp.ones_like, params)
+  for elsewhere in (0, 7):  # At the second call, masks change.
+    _, state = tx.update(gradient, state, params)
+    expected = jax.tree.map(lambda p, m, x=elsewhere: np.where(m, p - 0.5, x), params, before)
+    chex.assert_trees_all_equal(state.statistics, of_kernels(expected))
+  expected = jax.tree.map(jnp.logical_and, before, pruned)
+  chex.assert_trees_all_equal(state.masks, of_kernels(expected))
+
+
+def of_kernels(tree):
+  """The tree with `optax.MaskedNode()` for biases."""
+  return {name: {**layer, "bias": optax.MaskedNode()} for name, layer in tree.items()}
+
+
 def test_the_key_of_a_call_depends_on_the_key_and_the_call_alone(params):
   drawn = []
 
@@ -249,6 +282,17 @@ def test_fixed_masks_that_prune_what_is_no_weight_are_an_error(params):
   masks = {**sparsejax.masks_from_scores(params, 0.5), "steps": jnp.bool_(False)}
   with pytest.raises(ValueError, match="the masks prune 'steps', which is not prunable"):
     sparsejax.fixed_masks(masks).init(tree)
+
+
+def test_masks_of_a_link_inside_of_a_wrapper_are_found_too():
+  params = {"kernel": jnp.ones((2, 2))}
+  outer, inner = ({"kernel": np.array(m)} for m in ([[True] * 2, [False] * 2], [[True, False]] * 2))
+  tx = sparsejax.static_sparse_training(
+    optax.chain(optax.sgd(0.1), sparsejax.fixed_masks(inner)), masks=outer
+  )
+  state = tx.init(params)
+  found = sparsejax.get_masks(state, params)["kernel"]
+  np.testing.assert_array_equal(found, [[True, False], [False, False]])
 
 
 @pytest.mark.parametrize("pack", [False, True])

@@ -148,6 +148,6 @@ class Report:
 
 def _time(seconds):
   """The median in a unit that suits it."""
-  value = statistics.median(seconds)
+  value = float(f"{statistics.median(seconds):.3g}")
   scale, unit = (1e6, "µs") if value < 1e-3 else (1e3, "ms") if value < 1 else (1, "s")
   return f"{value * scale:.3g} {unit}"

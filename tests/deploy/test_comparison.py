@@ -11,6 +11,7 @@ import pytest
 
 import sparsejax
 from sparsejax import deploy
+from sparsejax.deploy import comparison
 
 SHAPES = {"hidden": (40, 30), "out": (30, 5)}
 
@@ -105,6 +106,13 @@ def test_operations_of_each_part_of_a_shared_weight_are_counted():
   )
 
 
+def test_inputs_beyond_what_is_computed_at_once_count_too(pruned, monkeypatch):
+  monkeypatch.setattr(comparison, "_CHUNK", 7)
+  found = comparison._outputs(apply, pruned, (inputs(),))
+  hidden = np.maximum(inputs() @ pruned["hidden"]["kernel"] + 1, 0)
+  np.testing.assert_allclose(found, hidden @ pruned["out"]["kernel"] + 1, rtol=1e-4, atol=1e-5)
+
+
 def with_times(report, **seconds):
   """The same report with other times, by variant and engine."""
   variants = [
@@ -144,6 +152,84 @@ def test_the_conclusion_says_what_is_bought_and_what_is_not(pruned):
   assert "8 s" in text and text.endswith(found.conclusion)
 
 
+def made(**of_variants):
+  """A report that was not measured: fields by variant."""
+  fields = dict(parameters=1, flops=1, file_bytes=1, gzip_bytes=1, accuracy=None, difference=0.0)
+  seconds = {"numpy": {1: [1.0]}, "jax": {1: [1.0]}}
+  variants = [
+    comparison.Variant(
+      **{"name": name, "seconds": seconds, "choices": {}, "threads": {}} | fields | changed
+    )
+    for name, changed in of_variants.items()
+  ]
+  return comparison.Report(tuple(variants), None, 1, "cpu")
+
+
+def test_times_have_a_unit_that_suits_them():
+  times = (2.5, 0.9996), (0.9, 2.5e-3), (1e-3, 4e-6)
+  variants = {
+    name: dict(seconds={"numpy": {1: [of_numpy]}, "jax": {1: [of_jax]}})
+    for name, (of_numpy, of_jax) in zip(("dense", "sparse", "compact"), times)
+  }
+  cells = [(row["NumPy, batch 1"], row["JAX, batch 1"]) for row in made(**variants).cells]
+  assert cells == [("2.5 s", "1 s"), ("900 ms", "2.5 ms"), ("1 ms", "4 µs")]
+
+
+def test_the_fastest_is_one_of_the_others_also_where_the_dense_network_is_faster():
+  seconds = {"dense": 1.0, "sparse": 3.0, "compact": 2.0}
+  found = made(**{name: dict(seconds={"numpy": {1: [x]}}) for name, x in seconds.items()})
+  assert found.fastest(1) == "compact"
+  assert found.times_faster("compact", 1) == 0.5
+
+
+def test_gains_are_those_over_the_dense_network():
+  names = ("parameters", "flops", "file_bytes", "gzip_bytes")
+  numbers = {
+    "dense": (90, 80, 110, 60),
+    "sparse": (30, 20, 100, 20),
+    "compact": (45, 0, 50, 40),
+    "compact, sparse": (20, 0, 24, 30),
+  }
+  found = made(**{n: dict(zip(names, each), accuracy=0.0) for n, each in numbers.items()})
+  assert found.gains[:4] == [
+    ("a smaller file", 1.1),
+    ("a file smaller than gzip makes the dense one", 60 / 24),
+    ("fewer parameters in dense arrays, by compaction", 2),
+    ("fewer operations in dense arrays, by compaction", 80),
+  ]
+  assert found.conclusion.count("a smaller file: 1.1 times") == 1
+  assert [row["accuracy"] for row in found.cells] == ["0.00%"] * 4
+
+
+def test_a_difference_is_a_part_of_the_largest_output():
+  original = np.array([[4.0, -8.0]])
+  assert comparison._difference(np.array([[4.0, 8.0]]), original) == 2
+  assert comparison._difference(original, 0 * original) == 0
+
+
+def test_the_largest_difference_of_all_batches_counts(pruned, monkeypatch):
+  monkeypatch.setattr(comparison, "_difference", lambda outputs, original: float(len(outputs)))
+  found = deploy.report(apply, pruned, inputs(), batches=(30, 2), rounds=1)
+  assert [variant.difference for variant in found.variants] == [30] * 4
+
+
+def test_accuracy_and_difference_are_those_of_what_is_read_from_the_file(pruned, monkeypatch):
+  zeros = lambda path, like: jax.tree.map(np.zeros_like, like)
+  monkeypatch.setattr(comparison.files, "load", zeros)
+  labels = np.argmax(apply(pruned, inputs()), -1)
+  found = deploy.report(apply, pruned, inputs(), labels=labels, batches=(1,), rounds=1)
+  assert found["dense"].accuracy == 1 and found["dense"].difference < 1e-5
+  # Equal outputs are taken for the first class.
+  assert found["sparse"].accuracy == np.mean(labels == 0) < 1
+  assert found["sparse"].difference == 1
+
+
+def test_a_parameter_without_entries_takes_no_operations(pruned):
+  none = {"kernel": np.zeros((0, 3), np.float32)}
+  found = deploy.report(apply, pruned | {"none": none}, inputs(), batches=(1,), rounds=1)
+  assert found["dense"].flops == 2 * 1350 and found["sparse"].flops == 2 * 68
+
+
 def test_weights_that_are_not_as_sparse_as_the_masks_say_are_named(params, masks):
   with pytest.raises(ValueError, match="weights of 'hidden/kernel' should be pruned, but"):
     deploy.report(apply, params, inputs(), masks=masks)
@@ -174,6 +260,14 @@ def test_labels_that_do_not_fit_are_an_error(pruned):
     )
   with pytest.raises(ValueError, match="the same number of examples"):
     deploy.report(apply, pruned, (inputs(3), inputs(4)))
+  with pytest.raises(ValueError, match="the same number of examples"):
+    deploy.report(apply, pruned, inputs(0))
+  with pytest.raises(ValueError, match="the same number of examples"):
+    deploy.report(lambda p, x, scale: scale * apply(p, x), pruned, (inputs(1), np.float32(2)))
+  with pytest.raises(ValueError, match="must be logits, one row for each"):
+    deploy.report(
+      lambda p, x: apply(p, x)[:2], pruned, inputs(), labels=np.zeros(20, int), batches=1
+    )
 
 
 def test_it_needs_no_file_of_its_own(pruned, tmp_path, monkeypatch):

@@ -13,7 +13,17 @@ import pytest
 from jax import lax
 
 from sparsejax.deploy import runtime
-from sparsejax.deploy.runtime import Conv, Dense, Network, Pool, affine, compiled, flatten, relu
+from sparsejax.deploy.runtime import (
+  Conv,
+  Dense,
+  Network,
+  Pool,
+  affine,
+  compiled,
+  flatten,
+  relu,
+  timing,
+)
 from sparsejax.deploy.runtime.network import _Product
 from sparsejax.deploy.runtime.threads import in_parts
 
@@ -50,6 +60,18 @@ def test_pooling_is_that_of_jax(kind, padding, strides):
   expected = expected / (6 if kind == "mean" else 1)
   got = Pool(kind, (3, 2), strides, padding)(images() - 0.5)
   np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_windows_that_are_smaller_than_their_strides_leave_pixels_out_as_those_of_jax():
+  kernel = sparse(1, 1, 4, 5, density=1)
+  expected = lax.conv_general_dilated(
+    images(), kernel, (2, 3), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+  network = Network([Conv(kernel, strides=(2, 3))], images(1), kind="dense")
+  np.testing.assert_allclose(network(images()), expected, atol=1e-6)
+  np.testing.assert_array_equal(
+    Pool("max", (1, 1), (2, 3), "SAME")(images()), images()[:, ::2, ::3]
+  )
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse", "fastest"])
@@ -193,6 +215,39 @@ def test_parts_are_computed_in_threads_also_in_a_process_that_was_forked(tmp_pat
   subprocess.run(
     [sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, check=True, timeout=60
   )
+
+
+def test_a_batch_may_be_empty():
+  layers = [Conv(sparse(3, 3, 4, 2)), Pool("max", (2, 2)), flatten, Dense(sparse(8, 3))]
+  network = Network(layers, np.ones((1, 4, 4, 4), np.float32), kind="dense")
+  assert network(np.ones((0, 4, 4, 4), np.float32)).shape == (0, 3)
+
+
+def scripted(monkeypatch, **seconds):
+  """Functions whose calls take so many seconds, one after the other."""
+  now = 0.0
+
+  def function(of_calls):
+    def call(*args):
+      nonlocal now
+      now += next(of_calls)
+
+    return call
+
+  monkeypatch.setattr("time.perf_counter", lambda: now)
+  return {name: function(iter(of_calls)) for name, of_calls in seconds.items()}
+
+
+def test_of_each_turn_the_fastest_call_counts_but_not_the_first_of_all(monkeypatch):
+  functions = scripted(monkeypatch, a=[1, 3, 2, 5, 6], b=[0, 8, 9])
+  # A turn is over as soon as its six seconds are.
+  assert runtime.take_turns(functions, 2, turn=6) == {"a": [2, 6], "b": [8, 9]}
+
+
+def test_the_fastest_of_all_rounds_decides(monkeypatch):
+  functions = scripted(monkeypatch, a=[9, 3, 3, 1], b=[1, 2, 2, 2])
+  ways = {name: lambda function=function: function for name, function in functions.items()}
+  assert timing.choose(ways, np.ones(1), rounds=3) == ("a", functions["a"])
 
 
 @pytest.mark.parametrize("faster", ["dense", "sparse"])

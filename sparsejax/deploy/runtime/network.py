@@ -1,6 +1,7 @@
 """Networks of dense and convolution layers, and what lies between them."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -67,7 +68,7 @@ class Conv:
     """The patches that are multiplied with the matrix."""
     windows = _windows(x, self.kernel.shape[:2], self.strides, self.padding, fill=0)
     patches = np.moveaxis(windows, 3, -1)
-    return patches.reshape(*patches.shape[:3], -1)
+    return patches.reshape(*patches.shape[:3], math.prod(patches.shape[3:]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Pool:
 
 def flatten(x: np.ndarray) -> np.ndarray:
   """One row for each example."""
-  return x.reshape(len(x), -1)
+  return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
 class Network:
