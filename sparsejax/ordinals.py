@@ -4,6 +4,10 @@ Backends differ in what they make of denormal numbers, of NaN and of the sign of
 how they compare integers.
 """
 
+import functools
+from collections.abc import Iterable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +27,13 @@ def ordinal(scores: jax.Array) -> jax.Array:
   negative = (bits >= sign) & (magnitude <= infinity)
   magnitude = jnp.minimum(magnitude, infinity + unsigned(1))
   return jnp.where(negative, sign - magnitude, sign + magnitude)
+
+
+def common_type(dtypes: Iterable[Any]) -> np.dtype:
+  """The narrowest floating-point type that has all numbers of some."""
+  found = set(dtypes)
+  # Neither of half precision has the numbers of the other.
+  return found.pop() if len(found) == 1 else functools.reduce(np.promote_types, found, np.float32)
 
 
 def widened(scores: jax.Array, dtype) -> jax.Array:

@@ -22,7 +22,7 @@ from jax.tree_util import PyTreeDef
 from sparsejax import counts
 from sparsejax.counts import Count
 from sparsejax.masks import where
-from sparsejax.ordinals import FLOATS, UNSIGNED, ordinal, widened
+from sparsejax.ordinals import FLOATS, UNSIGNED, common_type, ordinal, widened
 from sparsejax.search import search
 from sparsejax.trees import PyTree
 
@@ -153,7 +153,7 @@ def select(
   values, offsets = ([each[i] for i in order] for each in (values, offsets))
   active = [None] * len(values) if active is None else [active[i] for i in order]
   k = k if pooled else k[np.array(order)]
-  dtype = functools.reduce(np.promote_types, (v.dtype for v in values))
+  dtype = common_type(v.dtype for v in values)
   key_type = UNSIGNED[dtype.itemsize]
   word_type = np.promote_types(key_type, np.uint32)
   largest = word_type.type(np.iinfo(word_type).max)
@@ -266,7 +266,7 @@ def _samples(arrays: Sequence[jax.Array], pooled: bool) -> jax.Array:
   # A larger sample would save a part of a pass, and take longer to gather.
   number = min(int(np.clip(total // 2048, 128, 2048)), total)
   numbers = [number * x.size / total if pooled else number / len(arrays) for x in arrays]
-  dtype = functools.reduce(np.promote_types, (x.dtype for x in arrays))
+  dtype = common_type(x.dtype for x in arrays)
   found = [_entries(x, math.ceil(n)).astype(dtype) for x, n in zip(arrays, numbers)]
   return jnp.concatenate(found)[None] if pooled else jnp.stack(found)
 

@@ -215,6 +215,15 @@ def test_leaves_of_different_dtypes_are_compared_by_value():
     assert_same(select(on_device(scores), k), reference.select_smallest(scores, k))
 
 
+def test_leaves_of_the_two_types_of_half_precision_are_compared_by_value():
+  scores = {
+    "a": np.array([1 / 3, 2.0**-24, 1.0], F16),
+    "b": np.array([1.0, 1 / 3, 2.0**100], BF16),  # The last is none of float16.
+  }
+  for k in range(7):
+    assert_same(select(on_device(scores), k), reference.select_smallest(scores, k))
+
+
 @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
 def test_thousands_of_ties_are_cut_at_the_right_index(dtype):
   rng = np.random.default_rng(1)
