@@ -296,7 +296,7 @@ def _scores(
       got = f"{score.dtype}{list(score.shape)}" if is_array else repr(score)
       raise ValueError(
         f"a criterion must return one floating-point score for each weight, got {got} for"
-        f" {trees.path_name(path)!r} of shape {list(leaf.weight.shape)}."
+        f" {trees.quoted(trees.path_name(path))} of shape {list(leaf.weight.shape)}."
       )
     found.append(jnp.asarray(score))
   return found

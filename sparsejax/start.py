@@ -123,7 +123,7 @@ def _check_rise(pool: PyTree, at_start: np.ndarray | None, at_end: np.ndarray | 
   """Raises a ValueError if a leaf is known to be sparser at the start than at the end."""
   if at_start is None or at_end is None:
     return
-  names = [repr(name) for name in trees.leaves_by_name(pool)]
+  names = list(map(trees.quoted, trees.leaves_by_name(pool)))
   if len(at_end) < len(names):
     names, at_start = ["the network"], [sum(at_start)]
   for name, first, last in zip(names, map(int, at_start), map(int, at_end)):

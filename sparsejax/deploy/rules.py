@@ -19,7 +19,8 @@ class Rule(NamedTuple):
     links: which indices of operands and outputs belong together. Axes of neither are pinned.
     surrogate: of a site, given where its operands may differ from zero, and the values of those
       that do not vary, None for others.
-    moves: whether outputs are elements of inputs, and static arguments say no more than where.
+    moves: whether outputs are elements of inputs, or their own positions, and static arguments say
+      no more than which.
     is_pointwise: whether outputs are functions of the elements of inputs at the same position.
     resize: the static arguments for operands and outputs that are smaller.
     makes_axes: whether the output may have axes that belong to no operand's, without being pinned.
